@@ -1,0 +1,42 @@
+"""Reads settings.ini, adds the one C++ extension and ships the data manifest inside the package."""
+import os
+import shutil
+from configparser import ConfigParser
+from glob import glob
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+config = ConfigParser(delimiters=['='])
+config.read(HERE/'settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+
+def lines(key):
+    return [line for line in cfg.get(key, '').splitlines() if line.strip()]
+
+
+class BuildPy(build_py):
+    """In a checkout the manifest is read from data/; a wheel carries a copy beside the modules."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copy(HERE/'data'/'manifest.json', Path(self.build_lib)/'cnnbook'/'manifest.json')
+
+
+# A missing compiler must not stop a reader: boxes.py has a slow path. CI sets CNNBOOK_REQUIRE_CEXT=1 to see real C++ errors.
+extension = Pybind11Extension('cnnbook._cext', sorted(glob('cext/*.cpp')), cxx_std=17, include_dirs=['cext'],
+                              extra_compile_args=[] if os.name == 'nt' else ['-O3', '-ffp-contract=off'],
+                              optional=os.environ.get('CNNBOOK_REQUIRE_CEXT') != '1')
+
+setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
+      keywords=cfg['keywords'], license='Apache-2.0', python_requires=f">={cfg['min_python']}",
+      long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+      packages=['cnnbook'], ext_modules=[extension], cmdclass={'build_ext': build_ext, 'build_py': BuildPy},
+      install_requires=lines('requirements'), extras_require={k: lines(f'{k}_requirements') for k in ('lab', 'dev', 'peers')},
+      entry_points={'console_scripts': lines('console_scripts') or [cfg['console_scripts']],
+                    'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]}, zip_safe=False)
