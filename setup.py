@@ -28,7 +28,7 @@ class BuildPy(build_py):
             shutil.copy(HERE/'data'/'manifest.json', Path(self.build_lib)/'cnnbook'/'manifest.json')
 
 
-# A missing compiler must not stop a reader: boxes.py has a slow path. CI sets CNNBOOK_REQUIRE_CEXT=1 to see real C++ errors.
+# A missing compiler must not stop a reader: boxes.py has a slow path. CNNBOOK_REQUIRE_CEXT=1 makes C++ errors count.
 extension = Pybind11Extension('cnnbook._cext', sorted(glob('cext/*.cpp')), cxx_std=17, include_dirs=['cext'],
                               extra_compile_args=[] if os.name == 'nt' else ['-O3', '-ffp-contract=off'],
                               optional=os.environ.get('CNNBOOK_REQUIRE_CEXT') != '1')
@@ -37,6 +37,7 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       keywords=cfg['keywords'], license='Apache-2.0', python_requires=f">={cfg['min_python']}",
       long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       packages=['cnnbook'], ext_modules=[extension], cmdclass={'build_ext': build_ext, 'build_py': BuildPy},
-      install_requires=lines('requirements'), extras_require={k: lines(f'{k}_requirements') for k in ('lab', 'dev', 'peers')},
+      install_requires=lines('requirements'),
+      extras_require={k: lines(f'{k}_requirements') for k in ('lab', 'dev', 'peers')},
       entry_points={'console_scripts': lines('console_scripts') or [cfg['console_scripts']],
                     'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]}, zip_safe=False)

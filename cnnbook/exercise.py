@@ -40,7 +40,8 @@ class Verdict:
     message: str
 
     def __bool__(self): return self.passed is True
-    def __repr__(self): return f"{({True: 'right', False: 'not yet'}.get(self.passed, 'open'))} | {self.name}: {self.message}"
+    def __repr__(self):
+        return f"{({True: 'right', False: 'not yet'}.get(self.passed, 'open'))} | {self.name}: {self.message}"
 
     def _repr_html_(self):
         mark, colour = {True: ('&#10003;', '#2a7'), False: ('&#10007;', '#c60')}.get(self.passed, ('&#9675;', '#888'))
@@ -139,19 +140,22 @@ class Progress:
     def total(self) -> int: return sum(map(len, self.chapters.values()))
 
     def __repr__(self):
-        row = lambda m, c: f"{m:14}{sum(c.values()):3} of {len(c)}  {' '.join(('+' if ok else '-') + n for n, ok in c.items())}"
-        return '\n'.join([row(m, c) for m, c in self.chapters.items()] + [f'{self.passed} of {self.total} exercises passed'])
+        marks = lambda c: ' '.join(('+' if ok else '-') + name for name, ok in c.items())
+        rows = [f'{m:14}{sum(c.values()):3} of {len(c)}  {marks(c)}' for m, c in self.chapters.items()]
+        return '\n'.join([*rows, f'{self.passed} of {self.total} exercises passed'])
 
     def _repr_html_(self):
-        dot = lambda n, ok: f'<span title="{html.escape(n)}" style="color:{"#2a7" if ok else "#999"}">{"&#9679;" if ok else "&#9675;"}</span>'
-        rows = ''.join(f'<tr><td style="text-align:left">{m}</td><td style="text-align:left">{" ".join(dot(*i) for i in c.items())}</td>'
+        dot = lambda name, ok: f'<span title="{html.escape(name)}">{"&#9679;" if ok else "&#9675;"}</span>'
+        cell = '<td style="text-align:left">'
+        rows = ''.join(f'<tr>{cell}{m}</td>{cell}{" ".join(dot(*i) for i in c.items())}</td>'
                        f'<td>{sum(c.values())} of {len(c)}</td></tr>' for m, c in self.chapters.items())
         return f'<table>{rows}</table>{self.passed} of {self.total} exercises passed'
 
 
 def _checks(source):
-    is_check = lambda n: isinstance(n, ast.FunctionDef) and any(getattr(getattr(d, 'func', d), 'id', '') == 'exercise' for d in n.decorator_list)
-    return [n.name.removeprefix('check_') for n in ast.parse(source).body if is_check(n)]
+    functions = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
+    decorators = lambda n: [getattr(getattr(d, 'func', d), 'id', '') for d in n.decorator_list]
+    return [n.name.removeprefix('check_') for n in functions if 'exercise' in decorators(n)]
 
 
 def progress(

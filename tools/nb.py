@@ -8,6 +8,7 @@
 A cell begins with `# %% [md] id` or `# %% id`; `folded` after the id hides a code cell's source in JupyterLab.
 Cells whose id and source did not change keep their outputs.
 """
+import hashlib
 import json
 import re
 import sys
@@ -29,17 +30,33 @@ def write(path, nb):
     Path(path).write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
 
 
+def code_cells(nb):
+    return [c for c in nb['cells'] if c['cell_type'] == 'code']
+
+
+def digest(nb):
+    "sha256 over the sources of all code cells: stored outputs belong to exactly these."
+    return hashlib.sha256('\0'.join(source(c) for c in code_cells(nb)).encode()).hexdigest()
+
+
+def directives(cell):
+    "Names of the `#| name` lines at the head of a code cell."
+    return [m[1] for line in source(cell).splitlines() if (m := re.match(r'#\s*\|\s*([\w:-]+)', line))]
+
+
 def is_folded(cell):
     return bool(cell['metadata'].get('jupyter', {}).get('source_hidden'))
 
 
 def show(nb):
-    head = lambda c: f"# %%{' [md]' if c['cell_type'] == 'markdown' else ''} {c['id']}{' folded' if is_folded(c) else ''}"
+    kind = lambda c: ' [md]' if c['cell_type'] == 'markdown' else ''
+    head = lambda c: f"# %%{kind(c)} {c['id']}{' folded' if is_folded(c) else ''}"
     return '\n\n'.join(head(c) + '\n' + source(c) for c in nb['cells']) + '\n'
 
 
 def make_cell(kind, id, folded, text, old):
-    cell = {'cell_type': 'markdown' if kind else 'code', 'id': id, 'metadata': {}, 'source': text.splitlines(keepends=True)}
+    cell = {'cell_type': 'markdown' if kind else 'code', 'id': id, 'metadata': {},
+            'source': text.splitlines(keepends=True)}
     if folded: cell['metadata']['jupyter'] = {'source_hidden': True}
     if not kind: cell |= {'execution_count': None, 'outputs': []}
     was = old.get(id)
@@ -53,7 +70,8 @@ def parse(text, old=()):
     cells, head, body = [], None, []
 
     def close():
-        if head: cells.append(make_cell(head[1], head[2], head[3], '\n'.join(body).strip('\n'), {c['id']: c for c in old}))
+        if head:
+            cells.append(make_cell(head[1], head[2], head[3], '\n'.join(body).strip('\n'), {c['id']: c for c in old}))
 
     for line in text.splitlines():
         m = MARK.match(line)
@@ -65,7 +83,8 @@ def parse(text, old=()):
         head, body = m, []
     close()
     ids = [c['id'] for c in cells]
-    if len(set(ids)) != len(ids): raise ValueError(f'ids: expected unique, got {sorted({i for i in ids if ids.count(i) > 1})} twice')
+    if len(set(ids)) != len(ids):
+        raise ValueError(f'ids: expected unique, got {sorted({i for i in ids if ids.count(i) > 1})} twice')
     return cells
 
 
@@ -77,7 +96,8 @@ def edit(path, id, text, keep):
 
 
 def apply(path, text):
-    nb = read(path) if Path(path).exists() else {'cells': [], 'metadata': dict(KERNEL), 'nbformat': 4, 'nbformat_minor': 5}
+    nb = read(path) if Path(path).exists() else {'cells': [], 'metadata': dict(KERNEL), 'nbformat': 4,
+                                                 'nbformat_minor': 5}
     nb['cells'] = parse(text, nb['cells'])
     write(path, nb)
 

@@ -1,0 +1,77 @@
+# Two commands matter: `make lab` opens the book, `make test` proves it. Both make .venv first if it is not there.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= out
+# Chapters run on one thread each, two at a time; nothing in a test reaches for the internet or the reader's notes.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg PYTHONWARNINGS=ignore::DeprecationWarning
+LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
+
+.PHONY: help setup lab test test-nb test-py test-real test-cuda test-lab check clean-nb export lint drift book slow bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
+
+# torch on a Jetson comes from NVIDIA; SYSTEM_TORCH=1 keeps the one that is there and pins it against replacement.
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt $(wildcard cext/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python: expected 3.10 or newer, got {sys.version.split()[0]}")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
+	@mkdir -p $(OUT)
+	@$(if $(SYSTEM_TORCH),$(BIN)/python -m pip freeze | grep -E '^(torch|torchvision)(==| @)' > $(OUT)/system.txt || { echo 'SYSTEM_TORCH=1: expected torch and torchvision in the system, got none'; exit 1; },cp constraints.txt $(OUT)/system.txt)
+	$(BIN)/python -m pip install -q -c $(OUT)/system.txt -e '.[lab,dev]'
+	@$(BIN)/python tools/after_install.py
+	@touch $@
+
+setup: $(STAMP)  ## make .venv, install, build the C++ part
+
+lab: setup  ## open the book in JupyterLab (ARGS= passes options through)
+	@mkdir -p $(OUT)
+	$(BIN)/jupyter lab nbs/index.ipynb --ip=127.0.0.1 $(LAB_ROOT) $(ARGS)
+
+test: setup test-nb test-py  ## run every chapter's cells and tests/
+
+test-nb: setup
+	$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --do_print
+
+test-py: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'not slow and not real and not lab' $(ARGS)
+
+test-lab: setup  ## a chapter in JupyterLab in a real browser (needs chromium)
+	$(TEST_ENV) $(BIN)/python -m pytest -m lab $(ARGS)
+
+test-real: setup  ## tests on the real data sets under $$CNNBOOK_DATA
+	@test -n "$$CNNBOOK_DATA" || { echo 'CNNBOOK_DATA: expected a folder with the real data sets, got nothing'; exit 2; }
+	CNNBOOK_OFFLINE=1 $(BIN)/python -m pytest -m real -s $(ARGS)
+
+test-cuda: setup  ## the cells flagged cuda, on a machine with a GPU
+	CNNBOOK_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --flags cuda --do_print
+
+slow: setup  ## full rounds of the kill and fuzz tests, and the cells flagged slow
+	CNNBOOK_FULL=1 CNNBOOK_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --flags slow --do_print
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+clean-nb: setup
+	$(BIN)/nbdev_clean
+
+export: clean-nb
+	$(BIN)/nbdev_export
+
+lint: setup
+	$(BIN)/ruff check nbs tests tools benchmarks setup.py
+
+check: export lint test drift  ## what to run before a commit
+
+drift:
+	@git diff --exit-code --stat -- nbs cnnbook || { echo 'drift: the files above changed; look at them and commit them'; exit 1; }
+	@test -z "$$(git ls-files -o --exclude-standard nbs cnnbook)" || { git ls-files -o --exclude-standard nbs cnnbook; echo 'drift: the files above are not under git'; exit 1; }
+
+book: setup  ## execute the chapters and store their outputs (NB= names some of them)
+	$(TEST_ENV) $(BIN)/python tools/book.py $(NB)
+
+bench: setup  ## run the benchmarks; they write benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:  ## remove what make built, never data or notebooks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(OUT) cnnbook/*.so cnnbook/__pycache__ $(STAMP)
