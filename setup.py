@@ -29,9 +29,9 @@ class BuildPy(build_py):
 
 
 # A missing compiler must not stop a reader: boxes.py has a slow path. CNNBOOK_REQUIRE_CEXT=1 makes C++ errors count.
+flags = [] if os.name == 'nt' else ['-O3', '-ffp-contract=off', '-fno-trapping-math']  # exact to the bit, vectorised
 extension = Pybind11Extension('cnnbook._cext', sorted(glob('cext/*.cpp')), cxx_std=17, include_dirs=['cext'],
-                              extra_compile_args=[] if os.name == 'nt' else ['-O3', '-ffp-contract=off', '-fno-trapping-math'],
-                              optional=os.environ.get('CNNBOOK_REQUIRE_CEXT') != '1')
+                              extra_compile_args=flags, optional=os.environ.get('CNNBOOK_REQUIRE_CEXT') != '1')
 
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
       keywords=cfg['keywords'], license='Apache-2.0', python_requires=f">={cfg['min_python']}",
