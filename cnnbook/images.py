@@ -86,6 +86,7 @@ class Images:
     ) -> 'Images':
         "The images at `index`, with everything that belongs to them."
         i = torch.as_tensor(index)
+        i = i if i.numel() else i.long()  # an empty list would be floats
         rows = {f.name: getattr(self, f.name)[i] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **rows)
 
@@ -101,16 +102,18 @@ def show_images(
     colours: Sequence[str] = (),          # up to N colours for the titles
     cols: int = 10,                       # images in a row
 ) -> Figure:
-    "A grid of images with titles; nothing is drawn on pyplot's current figure."
+    "A grid of images with titles; the figure is returned, and closed for pyplot."
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f'x: expected shape (N, 1 or 3, H, W), got {tuple(x.shape)}')
     rows, white = max(1, -(-len(x)//cols)), 255 if x.dtype == torch.uint8 else 1
-    fig = Figure(figsize=(.8*cols, (.98 if titles else .82)*rows), dpi=72, layout='constrained')
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(.8*cols, (.98 if titles else .82)*rows), dpi=72, layout='constrained')
     for k, ax in enumerate(np.atleast_1d(fig.subplots(rows, cols)).flat):
         ax.axis('off')
         if k < len(x): ax.imshow(to_hwc(x[k]).cpu().numpy(), cmap='gray', vmin=0, vmax=white, interpolation='nearest')
         if k < min(len(x), len(titles)):
             ax.set_title(titles[k], fontsize=8, color=colours[k] if k < len(colours) else 'black')
+    plt.close(fig)  # the caller shows it, once
     return fig
 
 # %% ../nbs/00c_images.ipynb #check-batch

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from cnnbook.data import Augment, Images, Loader, load, shapes, split
 from gate import ROOT
+
+from cnnbook.data import Augment, Images, Loader, load, shapes, split
 
 CHILD = '''
 import hashlib

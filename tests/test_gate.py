@@ -168,7 +168,8 @@ PROBE = '''
 import json, sys, time
 start = time.perf_counter(); import cnnbook; own = time.perf_counter() - start
 import matplotlib, random, numpy as np, torch
-before = dict(matplotlib.rcParams)
+settings = lambda: dict(dict.items(matplotlib.rcParams))        # read one by one they would start a backend
+before = settings()
 state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 flags = torch.backends.cudnn.benchmark, torch.get_num_threads(), torch.get_default_dtype()
 import socket, urllib.request
@@ -177,7 +178,7 @@ socket.socket.connect = refuse; socket.create_connection = refuse
 import importlib
 for name in sys.argv[1:]: importlib.import_module('cnnbook.' + name)
 after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-print(json.dumps(dict(own=own, rc=dict(matplotlib.rcParams) == before, random=state == after,
+print(json.dumps(dict(own=own, rc=settings() == before, random=state == after,
                       cuda=torch.cuda.is_initialized(),
     flags=flags == (torch.backends.cudnn.benchmark, torch.get_num_threads(), torch.get_default_dtype()),
     widgets='ipywidgets' in sys.modules, pyplot='matplotlib.pyplot' in sys.modules)))

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 import torchvision
-from cnnbook.data import load
 from gate import ROOT
+
+from cnnbook.data import load
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import mnist
