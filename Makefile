@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= out
 # Chapters run on one thread each, two at a time; nothing in a test reaches for the internet or the reader's notes.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg PYTHONWARNINGS=ignore::DeprecationWarning
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+QUIET_ENV := CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg 
+TEST_ENV := $(ONE_THREAD) $(QUIET_ENV)
 LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
 .PHONY: help setup lab test test-nb test-py test-real test-cuda test-lab check clean-nb export lint drift book slow bench clean
@@ -67,8 +69,8 @@ drift:
 	@git diff --exit-code --stat -- nbs cnnbook || { echo 'drift: the files above changed; look at them and commit them'; exit 1; }
 	@test -z "$$(git ls-files -o --exclude-standard nbs cnnbook)" || { git ls-files -o --exclude-standard nbs cnnbook; echo 'drift: the files above are not under git'; exit 1; }
 
-book: setup  ## execute the chapters and store their outputs (NB= names some of them)
-	$(TEST_ENV) $(BIN)/python tools/book.py $(NB)
+book: setup  ## execute the chapters and store their outputs (NB= names some; CNNBOOK_FULL=1 with the slow cells)
+	$(if $(CNNBOOK_FULL),,$(ONE_THREAD)) $(QUIET_ENV) $(BIN)/python tools/book.py $(NB)
 
 bench: setup  ## run the benchmarks; they write benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -86,9 +86,11 @@ def move_sliders(page):
         at_end = handle.get_attribute('aria-valuenow') == handle.get_attribute('aria-valuemax')
         handle.focus()
         for _ in range(2): page.keyboard.press('ArrowLeft' if at_end else 'ArrowRight')
-        deadline = time.time() + 10
-        while cell.evaluate(SHOWN) == before and time.time() < deadline: page.wait_for_timeout(200)
-        if cell.evaluate(SHOWN) == before: dead.append(k)
+        deadline, last, now = time.time() + 15, None, before
+        while (now == before or now != last) and time.time() < deadline:      # until something else stands there, at rest
+            page.wait_for_timeout(400)
+            last, now = now, cell.evaluate(SHOWN)
+        if now == before: dead.append(k)
     return handles.count(), dead
 
 
