@@ -87,7 +87,7 @@ def move_sliders(page):
         handle.focus()
         for _ in range(2): page.keyboard.press('ArrowLeft' if at_end else 'ArrowRight')
         deadline, last, now = time.time() + 15, None, before
-        while (now == before or now != last) and time.time() < deadline:      # until something else stands there, at rest
+        while (now == before or now != last) and time.time() < deadline:      # until something else is there, at rest
             page.wait_for_timeout(400)
             last, now = now, cell.evaluate(SHOWN)
         if now == before: dead.append(k)
