@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 # %% ../nbs/index.ipynb #raises
@@ -123,7 +124,7 @@ def check_pixels(
     answer: int,  # how many numbers an image of shape (3, 32, 32) holds
 ):
     "The exercise of the index: count the numbers in a colour image."
-    expect(isinstance(answer, int), f'a whole number was expected, got {type(answer).__name__}')
+    expect(isinstance(answer, Integral), f'a whole number was expected, got {type(answer).__name__}')
     expect(answer != 32*32, 'that is one channel; the image has three channels')
     expect(answer != 3 + 32 + 32, 'you added the sizes: multiply them')
     expect(answer == 3*32*32, f'{answer} is not the product of the three sizes')

@@ -22,7 +22,7 @@ def to_chw(
     picture: np.ndarray | Tensor,  # (H, W, C) or (H, W) as files and matplotlib have it
 ) -> Tensor:
     "A picture with its channels first, (C, H, W); a grey one gets its single channel."
-    t = torch.as_tensor(picture)
+    t = torch.as_tensor(np.ascontiguousarray(picture) if isinstance(picture, np.ndarray) else picture)
     if t.ndim == 2: return t[None]
     if t.ndim != 3 or t.shape[-1] not in (1, 3, 4):
         raise ValueError(f'picture: expected shape (H, W) or (H, W, 1, 3 or 4), got {tuple(t.shape)}')
@@ -64,7 +64,7 @@ def _check_labels(y, n, classes):
         raise ValueError(f'y: expected labels 0..{len(classes) - 1}, got {int(y[bad[0]])} at index {int(bad[0])}')
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Images:
     "Images with labels: `x` uint8 (N, C, H, W), `y` int64 (N,), class names, and a sentence on where they come from."
     x: Tensor
@@ -103,6 +103,7 @@ def show_images(
     cols: int = 10,                       # images in a row
 ) -> Figure:
     "A grid of images with titles; the figure is returned, and closed for pyplot."
+    if cols < 1: raise ValueError(f'cols: expected at least 1, got {cols}')
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f'x: expected shape (N, 1 or 3, H, W), got {tuple(x.shape)}')
     rows, white = max(1, -(-len(x)//cols)), 255 if x.dtype == torch.uint8 else 1
@@ -131,7 +132,7 @@ def check_batch(
     expect(got.shape != (5, 3, 4, 2), 'height and width are exchanged')
     expect(got.shape == (5, 3, 2, 4),
            f'five pictures of (2, 4, 3) make a batch of (5, 3, 2, 4), got {tuple(got.shape)}')
-    expect(got[1, 2, 0, 3] == pictures[1][0, 3, 2],
+    expect(all(torch.equal(image, to_chw(picture)) for image, picture in zip(got, pictures)),
            'the shape is right, but the pictures are torn: reshape does not move axes')
 
 # %% ../nbs/00c_images.ipynb #check-brighten

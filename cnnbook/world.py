@@ -100,12 +100,18 @@ def _colours(rng, behind, contrast=.4):
     return np.where(np.abs(colour - behind).max(1, keepdims=True) < contrast, pushed, colour)
 
 # %% ../nbs/00d_world.ipynb #scenes
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Scenes(Images):
     "Images with the truth about the object in each."
     masks: Tensor  # (N, H, W) bool
     boxes: Tensor  # (N, 4) float32 x1 y1 x2 y2, pixels
     quads: Tensor  # (N, 4, 2) float32 corners x y, clockwise, pixels
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ('masks', 'boxes', 'quads'):
+            n = len(getattr(self, name))
+            if n != len(self.x): raise ValueError(f'{name}: expected {len(self.x)} rows, one an image, got {n}')
 
 # %% ../nbs/00d_world.ipynb #truth
 def _corners(extent, r, turn):
@@ -152,21 +158,21 @@ def _block(seed, number, size, turn, noise):
     behind = (ground*share).sum((2, 3))/share.sum((2, 3))
     x = ground + (_colours(rng, behind)[:, :, None, None] - ground)*share
     x += np.float32(noise)*(2*rng.random(x.shape, dtype=np.float32) - 1)
-    masks = distance < 0
-    return (255*np.clip(x, 0, 1)).astype(np.uint8), y, masks, mask_boxes(masks), quads.astype(np.float32)
+    return (255*np.clip(x, 0, 1)).astype(np.uint8), y, distance < 0, mask_boxes(distance < 0), quads.astype(np.float32)
 
 
 def shapes(
     n: int,               # number of images N
     size: int = 32,       # height and width, pixels, at least 16
-    seed: int = 0,        # another seed, other images
+    seed: int = 0,        # 0 to 2**32 - 1; another seed, other images
     turn: float = 180,    # largest turn to either side, degrees
-    noise: float = .05,   # largest change of a pixel by noise, as a share of white
+    noise: float = .05,   # largest change of a pixel by noise, 0 to 1 where 1 is white
 ) -> Scenes:
     "Draw images of one shape each, ten classes, with random place, size, turn, colour and ground."
-    for name, value, low in (('n', n, 1), ('size', size, 16), ('seed', seed, 0), ('turn', turn, 0),
-                             ('noise', noise, 0)):
-        if not value >= low: raise ValueError(f'{name}: expected at least {low}, got {value}')
+    limits = {'n': (n, 1, 10**8), 'size': (size, 16, 4096), 'seed': (seed, 0, 2**32 - 1), 'turn': (turn, 0, 360),
+              'noise': (noise, 0, 1)}
+    for name, (value, low, high) in limits.items():
+        if not low <= value <= high: raise ValueError(f'{name}: expected {low} to {high}, got {value}')
     blocks = [_block(seed, k, size, turn, noise) for k in range(-(-n//BLOCK))]
     x, y, masks, boxes, quads = (torch.from_numpy(np.concatenate(part)[:n]) for part in zip(*blocks))
     source = f'the drawn world: {n:,} images of {size} x {size} pixels drawn now, seed {seed}'
@@ -176,7 +182,8 @@ def shapes(
 @exercise(solution=lambda u, v: np.abs(np.hypot(u, v) - .6) - .2,
           wrong=[(lambda u, v: np.hypot(u, v) - .8, 'no hole'),
                  (lambda u, v: np.abs(np.hypot(u, v) - .6) - .4, 'half of its width'),
-                 (lambda u, v: .2 - np.abs(np.hypot(u, v) - .6), 'negative inside')])
+                 (lambda u, v: .2 - np.abs(np.hypot(u, v) - .6), 'negative inside'),
+                 (lambda u, v: np.abs(np.abs(u) - .6) - .2, 'u alone')])
 def check_ring(
     answer,  # function of u and v, arrays of one shape, to the signed distance
 ):
@@ -185,13 +192,15 @@ def check_ring(
     expect(not (at(.6) > 0 > at(1.)), 'the sign is the wrong way round: a signed distance is negative inside')
     expect(at(0.) > 0, 'the centre counts as inside: there is no hole')
     expect(not (at(.9) < 0), 'too thick: subtract half of its width, not the whole')
+    aside = float(answer(np.array([.3]), np.array([.4]))[0])
+    expect(np.isclose(aside, -.1), 'it depends on u alone: the distance from the centre is hypot(u, v)')
     expect(all(np.isclose(at(r), abs(r - .6) - .2) for r in (0., .3, .4, .5, .8, 1.2)),
            'the distance to the rim is not right everywhere')
 
 # %% ../nbs/00d_world.ipynb #check-combine
 @exercise(solution=lambda a, b: np.maximum(np.minimum(a, b), -np.maximum(a, b)),
           wrong=[(np.minimum, 'both'), (np.maximum, 'only where they overlap'),
-                 (lambda a, b: np.maximum(a, -b), 'belongs only to b')])
+                 (lambda a, b: np.maximum(a, -b), 'belongs only to b'), (lambda a, b: a*b, 'but not the distance')])
 def check_combine(
     answer,  # function of two arrays of signed distances to the signed distance of the combination
 ):
@@ -202,6 +211,7 @@ def check_combine(
     expect(not got[0], 'points in both shapes must be left out')
     expect(got[2], 'a point that belongs only to b is missing')
     expect(got[1] and not got[3], 'a point in one of them must be inside, a point in none outside')
+    expect(np.allclose(answer(np.array([-2.]), np.array([.5])), -.5), 'the sign is right, but not the distance')
 
 # %% ../nbs/00d_world.ipynb #check-frame
 def _frame(x, y, cx, cy, t):
