@@ -188,7 +188,7 @@ def defaults(
     gpu = torch.device(device or r.device).type == 'cuda'
     free, size = (r.gpu_free, 256) if gpu and not r.jetson else (r.ram_free, 64 if r.jetson else 128)
     half = 'bf16-mixed' if r.gpu_bf16 else '16-mixed' if r.capability >= (7, 0) else '32-true'
-    workers = min(r.cores - 1, 2 if r.jetson else 4) if platform.system() == 'Linux' else 0
+    workers = min(r.cores - 1, 2 if r.jetson else 4) * (torch.multiprocessing.get_all_start_methods()[0] == 'fork')
     return Defaults(size // 4 if free is not None and free < 2 * _GIB else size, workers, half if gpu else '32-true',
                     gpu and not r.jetson, gpu and r.capability >= (7, 0))
 

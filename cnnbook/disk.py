@@ -10,6 +10,7 @@ __all__ = ['PART', 'sha256', 'write_atomic', 'private_folder', 'is_html', 'unpac
 import errno
 import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import stat
@@ -107,13 +108,22 @@ def _members(archive):
 
 def _safe_bytes(archive):
     "The bytes that the members need; a name or kind that could reach out of the folder is refused."
-    need = 0
-    for name, _, plain, size, _ in _members(archive):
+    need, folders = 0, {PureWindowsPath(): True}
+    for name, is_folder, plain, size, _ in _members(archive):
         path = PureWindowsPath(name)
         if path.anchor or '..' in path.parts or not plain:
             raise ValueError(f"{archive.name}: refusing unsafe member {name}{'' if plain else ' (a link or device)'}")
+        kinds = {p: True for p in path.parents} | {path: is_folder}
+        if any(folders.setdefault(p, kind) != kind for p, kind in kinds.items()):
+            raise ValueError(f'{archive.name}: expected each name to be a file or a folder, got both for {name}')
         need += size
     return need
+
+
+def _damaged(archive, e):
+    with open(archive, 'rb') as f: page = ', looks like HTML' if is_html(f.read(64)) else ''
+    why = str(e).partition(':\n')[0]  # tarfile goes on with one line for each kind of archive that it is not
+    return ValueError(f'{archive.name}: expected a whole archive, got a damaged one ({why}){page}')
 
 
 def _write(archive, folder):
@@ -137,11 +147,10 @@ def unpack(
             need = _safe_bytes(archive)
             if need > free: raise OSError(errno.ENOSPC, 'too little room')
             _write(archive, private/'new')
-        except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError) as e:
-            with open(archive, 'rb') as f: page = ', looks like HTML' if is_html(f.read(64)) else ''
-            why = str(e).partition(':\n')[0]  # tarfile goes on with one line for each kind of archive that it is not
-            raise ValueError(f'{archive.name}: expected a whole archive, got a damaged one ({why}){page}') from e
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as e:
+            raise _damaged(archive, e) from e
         except OSError as e:
+            if e.errno is None: raise _damaged(archive, e) from e  # not from the system: gzip's and bz2's own
             if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
             raise OSError(e.errno, f'{archive.name}: {need} bytes needed, {free} free', str(folder)) from e
         if folder.exists(): folder.rmdir()

@@ -61,7 +61,7 @@ def own_hooks(
     for c in callbacks:
         if isinstance(c, type): raise TypeError(f'callbacks: expected an object, got the class {c.__name__}: add ()')
         for name in dir(c):
-            if name.startswith('on_') and name not in hooks:
+            if name.startswith('on_') and name not in hooks and callable(getattr(c, name)):
                 near = ' or '.join(difflib.get_close_matches(name, HOOKS, 2, 0))
                 raise ValueError(f'callbacks: expected a hook such as {near}, got {type(c).__name__}.{name}')
         for name in HOOKS:

@@ -161,7 +161,7 @@ def capture(
     handles = [model.register_forward_pre_hook(recorder.start)]
     try:
         for name, m in chosen.items(): handles.append(m.register_forward_hook(partial(recorder.note, name)))
-        handles.append(model.register_forward_hook(recorder.stop))
+        handles.append(model.register_forward_hook(recorder.stop, always_call=True))
         yield recorder.seen
     finally:
         for h in (*handles, *recorder.handles): h.remove()

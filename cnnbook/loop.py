@@ -95,8 +95,8 @@ class SampleMeans:
 
 
 def has_classes(
-    pred: Tensor,    # (B, K, ...)?
-    target: Tensor,  # (B, ...)?
+    pred: Tensor,    # what the model gave; (B, K, ...) if scores of K classes
+    target: Tensor,  # (B, ...) class numbers, or anything else
 ) -> bool:
     "Whether this is classification by its shapes: whole numbers as targets, and K > 1 scores for each."
     whole = not (target.is_floating_point() or target.dtype == torch.bool)
@@ -126,10 +126,11 @@ def label_fault(
     ignore_index: int = -100,  # the label that does not count
 ) -> str:
     "What is wrong with class labels, naming the first culprit; an empty string if nothing is."
-    k = pred.shape[1]
+    k, byte = pred.shape[1], (target.dtype, target.ndim) == (torch.uint8, 1)   # the loss takes bytes too, as (B,)
     if target.shape == pred.shape:   # class probabilities are allowed
         return '' if target.is_floating_point() else 'expected class numbers, got one-hot rows: use target.argmax(1)'
-    if target.dtype != torch.int64: return f'expected torch.int64, got {target.dtype}'
+    if target.dtype != torch.int64 and not byte: return f'expected torch.int64, got {target.dtype}'
+    target = target.long()
     bad = ((target < 0) | (target >= k)) & (target != ignore_index)
     if bad.any():
         at = bad.nonzero()[0].tolist()

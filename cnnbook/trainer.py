@@ -89,7 +89,7 @@ class Trainer(Evaluator):
         self._check(model, valid, optimizer, scheduler)
         bar = _Bar(self.max_epochs*self.num_training_batches, self.enable_progress_bar)
         try:
-            with self._running('fit', model, loss), eval_mode(model), closing(bar):
+            with self._running('fit', model, loss), eval_mode(model), closing(bar):  # eval_mode: puts the modes back
                 model.train()
                 for hook in ('on_fit_start', 'on_train_start'): self._call(hook)
                 while self.current_epoch < self.max_epochs and not self.should_stop:

@@ -174,6 +174,7 @@ def test_limit_memory_on_a_gpu(monkeypatch):
     assert calls == [(.25, 1), (1., 0)]
 
 
-def test_defaults_on_other_systems_use_no_workers(monkeypatch):
-    monkeypatch.setattr(D.platform, 'system', lambda: 'Darwin')
+@pytest.mark.parametrize('methods', [['spawn'], ['forkserver', 'fork', 'spawn']])     # Windows; Linux, Python 3.14
+def test_defaults_where_workers_do_not_fork(methods, monkeypatch):
+    monkeypatch.setattr(torch.multiprocessing, 'get_all_start_methods', lambda: methods)
     assert D.defaults(report=D.Report('arm64', cores=8, mps_error='')) == D.Defaults(128, 0, '32-true', False, False)

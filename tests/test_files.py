@@ -317,6 +317,25 @@ def test_damaged_archives_are_refused(damage, suffix, tmp_path):
     assert ('HTML' in str(e.value)) == (damage == 'page') and everything(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize('kind', [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+@pytest.mark.parametrize('at', [45, 60, 1000])
+def test_damaged_zips_of_every_kind_are_refused(kind, at, tmp_path):
+    with zipfile.ZipFile(tmp_path/'x.zip', 'w', kind) as z: z.writestr('x.bin', DATA)
+    good = (tmp_path/'x.zip').read_bytes()
+    (tmp_path/'x.zip').write_bytes(good[:at] + bytes([good[at] ^ 255]) + good[at + 1:])
+    with pytest.raises(ValueError, match='x.zip: expected a whole archive'): unpack(tmp_path/'x.zip', tmp_path/'out')
+    assert everything(tmp_path) == ['x.zip']
+
+
+@pytest.mark.parametrize('names', [('a', 'a/b'), ('a/b', 'a'), ('a', 'a/b/c'), ('a', 'a/'), ('.',), ('a/..b', 'A')])
+def test_archives_with_a_file_where_a_folder_is_are_refused(names, tmp_path):
+    with zipfile.ZipFile(tmp_path/'x.zip', 'w') as z:
+        for name in names: z.writestr(name, '' if name.endswith('/') else 'seven')
+    with pytest.raises(ValueError, match=f'file or a folder, got both for {names[-1]}'):
+        unpack(tmp_path/'x.zip', tmp_path/'out')
+    assert everything(tmp_path) == ['x.zip']
+
+
 def test_fault_09_killed_in_extraction(server, tmp_path):
     with tarfile.open(tmp_path/'toy.tar.gz', 'w:gz') as t:
         for name, data in (('images', DATA), ('labels', LABELS)):

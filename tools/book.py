@@ -74,6 +74,7 @@ def execute(path):
 
 
 def main(*names):
+    os.environ.pop('MPLBACKEND', None)                      # the kernel shows figures by its own
     chapters = sorted(NBS.glob('[0-9]*.ipynb')) + [NBS/'index.ipynb']            # index last: it shows the budget
     budget_path = NBS/'budget.json'
     budget = json.loads(budget_path.read_text()) if budget_path.exists() else {}
