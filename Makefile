@@ -17,12 +17,20 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
 # torch on a Jetson comes from NVIDIA; SYSTEM_TORCH=1 keeps the one that is there and pins it against replacement.
+ifdef SYSTEM_TORCH
+VENV_FLAGS := --system-site-packages
+PIN = $(BIN)/python -m pip freeze | grep -E '^(torch|torchvision)(==| @)' > $(OUT)/pins.txt || \
+	{ echo "SYSTEM_TORCH=1: expected torch and torchvision in the system's Python, got none"; exit 1; }
+else
+PIN = cp constraints.txt $(OUT)/pins.txt
+endif
+
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt $(wildcard cext/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python: expected 3.10 or newer, got {sys.version.split()[0]}")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	@mkdir -p $(OUT)
-	@$(if $(SYSTEM_TORCH),$(BIN)/python -m pip freeze | grep -E '^(torch|torchvision)(==| @)' > $(OUT)/system.txt || { echo 'SYSTEM_TORCH=1: expected torch and torchvision in the system, got none'; exit 1; },cp constraints.txt $(OUT)/system.txt)
-	$(BIN)/python -m pip install -q -c $(OUT)/system.txt -e '.[lab,dev]'
+	@$(PIN)
+	$(BIN)/python -m pip install -q -c $(OUT)/pins.txt -e '.[lab,dev]'
 	@$(BIN)/python tools/after_install.py
 	@touch $@
 
