@@ -60,7 +60,7 @@ test-cuda: setup  ## the cells flagged cuda, on a machine with a GPU
 
 slow: setup  ## full rounds of the kill and fuzz tests, and the cells flagged slow
 	CNNBOOK_FULL=1 CNNBOOK_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --flags slow --do_print
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? = 5 ]          # 5: none is marked yet
 
 clean-nb: setup
 	$(BIN)/nbdev_clean

@@ -36,7 +36,8 @@ extension = Pybind11Extension('cnnbook._cext', sorted(glob('cext/*.cpp')), cxx_s
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
       keywords=cfg['keywords'], license='Apache-2.0', python_requires=f">={cfg['min_python']}",
       long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-      packages=['cnnbook'], ext_modules=[extension], cmdclass={'build_ext': build_ext, 'build_py': BuildPy},
+      packages=['cnnbook'], package_dir={'': '.'},  # so that an editable install is one plain path
+      ext_modules=[extension], cmdclass={'build_ext': build_ext, 'build_py': BuildPy},
       install_requires=lines('requirements'),
       extras_require={k: lines(f'{k}_requirements') for k in ('lab', 'dev', 'peers')},
       entry_points={'console_scripts': lines('console_scripts') or [cfg['console_scripts']],

@@ -101,7 +101,9 @@ def test_fault_65_ctrl_c_in_a_download(tmp_path):
     thread = threading.Thread(target=stall, daemon=True)
     thread.start()
     sets = json.dumps({'tiny': entry(f'http://127.0.0.1:{server.getsockname()[1]}/a.bin.gz', b'x' * 1000)})
-    code = ('import sys, json, cnnbook.files; from cnnbook.cli import main; '
+    # a run in the background ignores Ctrl-C, and its children inherit that: switch it on
+    code = ('import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
+            'import sys, json, cnnbook.files; from cnnbook.cli import main; '
             'cnnbook.files.manifest = lambda: json.loads(sys.argv.pop()); s = cnnbook.files.manifest(); '
             'cnnbook.files.manifest = lambda: s; raise SystemExit(main())')
     process = subprocess.Popen([sys.executable, '-c', code, 'data', 'fetch', 'tiny', '--root', tmp_path/'data', sets],

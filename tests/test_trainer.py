@@ -155,6 +155,7 @@ def test_fault_35_a_real_interrupt(tmp_path):
     script = tmp_path/'run.py'
     script.write_text('''
 import signal, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)      # ignored where the tests run in the background
 from torch import nn
 from cnnbook.events import Callback
 from cnnbook.trainer import Trainer
