@@ -55,6 +55,7 @@ def jupyterlab(folder, settings):
                                                                'JUPYTERLAB_WORKSPACES')}
     env = os.environ | homes | {'JUPYTERLAB_SETTINGS_DIR': str(folder/'.settings'), 'JUPYTER_TOKEN': token,
                                 'IPYTHONDIR': str(folder/'.ipython'), 'CNNBOOK_OFFLINE': '1'}
+    env.pop('MPLBACKEND', None)                              # the kernel shows figures by its own
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}',
                '--ServerApp.port_retries=0', f'--ServerApp.root_dir={folder}'] + ['--allow-root']*(os.getuid() == 0)
     server = subprocess.Popen(command, env=env, stdout=(folder/'.log').open('w'), stderr=subprocess.STDOUT)
