@@ -93,6 +93,13 @@ class SampleMeans:
         self._read()
         return {name: total/n if n else math.nan for name, (total, n) in self.sums.items()}
 
+    def state_dict(self) -> dict:
+        "Name -> (sum, samples) so far, as plain data."
+        self._read()
+        return dict(self.sums)
+
+    def load_state_dict(self, state_dict: dict): self.waiting, self.sums = {}, dict(state_dict)
+
 
 def has_classes(
     pred: Tensor,    # what the model gave; (B, K, ...) if scores of K classes
