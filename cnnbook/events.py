@@ -179,7 +179,7 @@ class Evaluator:
         with self.numbers.autocast(): return self.model(x)
 
     def _in_parts(self, x):   # without a graph, a batch may as well be computed in parts
-        def run(parts): return self._pred(x) if parts == 1 else torch.cat([self._pred(a) for a in x.tensor_split(parts)])
+        run = lambda n: self._pred(x) if n == 1 else torch.cat([self._pred(a) for a in x.tensor_split(n)])
         pred, self._parts = halving(run, len(x), min(self._parts, len(x)))
         return pred
 

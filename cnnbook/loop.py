@@ -7,7 +7,6 @@ __all__ = ['spirals', 'fit_plain', 'SampleMeans', 'has_classes', 'measure', 'lab
            'plot_history', 'check_sample_mean', 'check_batch_count', 'check_logging_step', 'check_careful_look']
 
 # %% ../nbs/05c_loop.ipynb #imports
-import html
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exercise import exercise, expect
+from .hooks import Table
 
 # %% ../nbs/05c_loop.ipynb #spirals
 def spirals(
@@ -166,16 +166,16 @@ def batch_loss(
 
 # %% ../nbs/05c_loop.ipynb #history
 class History(list):
-    "One plain dict per finished epoch; shows itself as a table."
-    def column(self, name: str) -> list: return [row[name] for row in self]   # name: such as 'valid_loss'
-    def _cells(self):
-        show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
-        return [list(self[0]), *([show(v) for v in row.values()] for row in self)] if self else [['no epoch finished']]
-    def __repr__(self): return '\n'.join('  '.join(f'{c:>11}' for c in row) for row in self._cells())
+    "One plain dict per finished epoch; shows itself as a table, with a gap where an epoch has no such value."
+    def names(self) -> list[str]: return list(dict.fromkeys(name for row in self for name in row))
+    def column(self, name: str) -> list: return [row[name] for row in self if name in row or name not in self.names()]
 
-    def _repr_html_(self):
-        rows = (''.join(f'<td>{html.escape(c)}</td>' for c in row) for row in self._cells())
-        return '<table>' + ''.join(f'<tr>{r}</tr>' for r in rows) + '</table>'
+    def _table(self):
+        show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
+        return Table(tuple(self.names()), tuple(tuple(show(row.get(n, '')) for n in self.names()) for row in self))
+
+    def __repr__(self): return repr(self._table()) if self else 'no epoch finished'
+    def _repr_html_(self): return self._table()._repr_html_() if self else repr(self)
 
 
 def plot_history(
@@ -188,19 +188,19 @@ def plot_history(
     fig, axes = plt.subplots(1, len(names), figsize=(3.5*len(names), 2.5), squeeze=False, layout='constrained')
     for ax, name in zip(axes[0], names):
         for part, colour, style in (('train', '#0072B2', 'o-'), ('valid', '#D55E00', 's--')):
-            if f'{part}_{name}' in history[0]:
-                points = zip(*((r['epoch'], r[f'{part}_{name}']) for r in history))
-                ax.plot(*points, style, color=colour, markersize=3, label=part)
+            points = [(r['epoch'], r[f'{part}_{name}']) for r in history if f'{part}_{name}' in r]
+            if points:
+                ax.plot(*zip(*points), style, color=colour, markersize=3, label=part)
         ax.set(xlabel='epoch', ylabel=name)
         ax.legend()
-    plt.close(fig)   # the caller shows it: as a cell's last line it appears once, not twice
+    plt.close(fig)   # the caller shows it, once
     return fig
 
 # %% ../nbs/05c_loop.ipynb #checks
 @exercise(solution=lambda batches: sum(v*n for v, n in batches)/sum(n for _, n in batches),
-          wrong=[(lambda batches: sum(v for v, _ in batches)/len(batches), 'every batch the same weight'),
-                 (lambda batches: sum(v*n for v, n in batches)/len(batches), 'number of batches'),
-                 (lambda batches: sum(v for v, _ in batches)/sum(n for _, n in batches), 'already a mean')])
+          wrong=[(lambda b: sum(v for v, _ in b)/len(b), 'every batch the same weight'),
+                 (lambda b: sum(v*n for v, n in b)/len(b), 'number of batches'),
+                 (lambda b: sum(v for v, _ in b)/sum(n for _, n in b), 'already a mean')])
 def check_sample_mean(answer: Callable):   # batches [(mean, count)] -> mean over samples
     "The mean over samples from batch means and batch sizes."
     got = answer([(1., 64), (5., 2)])
