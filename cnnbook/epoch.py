@@ -196,24 +196,23 @@ class EpochLoop(Evaluator):
         state, started, optimizer = self.state, time.perf_counter(), self.optimizers[0]
         self.model.train()
         self._call('on_train_epoch_start')
-        rate = float(optimizer.param_groups[0]['lr'])
         for batch in self.train.epoch(state.current_epoch, state.batches_done, self.place):
-            rate = float(optimizer.param_groups[0]['lr'])
+            state.lr = float(optimizer.param_groups[0]['lr'])
             value = self.step(batch)['loss']
             if not self.at_boundary: continue
             if self.loggers and state.global_step % self.log_every_n_steps == 0:
                 self.log({'train_loss_step': float(value), 'epoch': state.current_epoch})
             if self.stops: self.stops.check()
             if state.should_stop or state.global_step >= self.max_steps > 0: break
-        self._end_epoch(rate, started)
+        self._end_epoch(started)
         if self.stops: self.stops.check()
 
-    def _end_epoch(self, rate, started):
+    def _end_epoch(self, started):
         state, self.place, self._then = self.state, None, self.train.state_dict()
         if self.terminate_on_nan: self.check_weights()
         look = self.valid is not None and (state.current_epoch + 1) % self.check_val_every_n_epoch == 0
         looked = self._look('validation', 'valid', self.valid, self.loss) if look else {}
-        self._then, row = None, {'epoch': state.current_epoch, **self._note('train', self.means), **looked, 'lr': rate}
+        self._then, row = None, {'epoch': state.current_epoch, **self._note('train', self.means), **looked, 'lr': state.lr}
         self.history.append(row | {'seconds': time.perf_counter() - started})
         if self.scheduler is not None and self.interval == 'epoch':
             follows = isinstance(self.scheduler, ReduceLROnPlateau)

@@ -81,6 +81,7 @@ class LoopState:
     batch_idx: int = 0         # training batch of this epoch, from 0
     batches_done: int = 0      # training batches of this epoch that are over
     global_step: int = 0       # optimizer steps taken
+    lr: float = 0.             # learning rate of the last step
     parts: int = 1             # a training batch is computed in so many parts, for want of memory
     should_stop: bool = False  # set by a callback: end after this batch
 

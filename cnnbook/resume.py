@@ -67,7 +67,8 @@ def restore_schedule(
     for key in _MOVES:
         if key in state: setattr(scheduler, key, state[key])
     changed = any(mine.get(k) != v for k, v in state.items() if k not in (*_MOVES, '_schedulers') and k[:1] != '_')
-    if changed and isinstance(scheduler, (OneCycleLR, CyclicLR, LambdaLR, CosineAnnealingLR)):   # the rate of the new curve
+    shaped = isinstance(scheduler, (OneCycleLR, CyclicLR, CosineAnnealingLR))
+    if isinstance(scheduler, LambdaLR) or changed and shaped:           # the rate of the new curve, at this place
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')                             # it says that get_lr is for the scheduler alone
             closed = getattr(scheduler, '_get_closed_form_lr', scheduler.get_lr)
