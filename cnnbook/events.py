@@ -181,7 +181,8 @@ class Evaluator:
 
     def _in_parts(self, x):   # without a graph, a batch may as well be computed in parts
         run = lambda n: self._pred(x) if n == 1 else torch.cat([self._pred(a) for a in x.tensor_split(n)])
-        pred, self._parts = halving(run, len(x), min(self._parts, len(x)))
+        pred, used = halving(run, len(x), min(self._parts, len(x)))
+        self._parts = max(self._parts, used)
         return pred
 
     def _loss(self, loss, pred, y):

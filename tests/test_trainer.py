@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-import cnnbook.epoch
+import cnnbook.trainer
 from cnnbook.events import HOOKS, Callback, Evaluator
 from cnnbook.loop import fit_plain, plot_history, spirals
 from cnnbook.trainer import Trainer
@@ -267,7 +267,7 @@ def test_no_warning_no_output_no_open_figure(capsys):
 
 def slow_clock(monkeypatch):
     ticks = iter(range(0, 10**6, 3))
-    monkeypatch.setattr(cnnbook.epoch.time, 'perf_counter', lambda: next(ticks))
+    monkeypatch.setattr(cnnbook.trainer.time, 'perf_counter', lambda: next(ticks))
 
 
 def test_progress_bar_only_in_a_long_fit(monkeypatch, capsys):
@@ -284,7 +284,7 @@ def test_progress_bar_only_in_a_long_fit(monkeypatch, capsys):
 def test_progress_bar_in_a_notebook_is_closed(monkeypatch, end):
     from tqdm.notebook import tqdm
     bars = []
-    monkeypatch.setattr(cnnbook.epoch, 'tqdm', lambda **kw: bars.append(tqdm(**kw, display=False)) or bars[-1])
+    monkeypatch.setattr(cnnbook.trainer, 'tqdm', lambda **kw: bars.append(tqdm(**kw, display=False)) or bars[-1])
     slow_clock(monkeypatch)
 
     class End(Callback):
