@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'save_checkpoint', 'CheckpointError', 'DamagedError', 'load_checkpoint', 'newest_checkpoint',
-           'check_weights', 'random_state', 'run_lock', 'set_random_state']
+           'check_weights', 'check_load_order', 'check_whole', 'check_plain', 'check_resume_from', 'random_state',
+           'run_lock', 'set_random_state']
 
 # %% ../nbs/06_checkpoint.ipynb #imports
 import difflib
@@ -13,6 +14,7 @@ import hashlib
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePath
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .disk import write_atomic
+from .exercise import exercise, expect
 from .state import random_state, run_lock, set_random_state
 
 _all_ = ['random_state', 'run_lock', 'set_random_state']  # a run needs them together with the rest of this chapter
@@ -29,10 +32,8 @@ _all_ = ['random_state', 'run_lock', 'set_random_state']  # a run needs them tog
 # %% ../nbs/06_checkpoint.ipynb #plain
 def _tensor(t, where):
     "A tensor without its graph; a view of something larger takes along only what it shows."
-    dense = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not (t.is_meta or t.is_nested)
-    if not dense:
-        got = f'{type(t).__name__}, {str(t.layout)[6:]}, on {t.device}'
-        raise TypeError(f'{where}: expected a dense tensor that has values, got {got}')
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta or t.is_nested:
+        raise TypeError(f'{where}: expected a dense tensor with values, got {type(t).__name__}, {t.layout}, {t.device}')
     t = t.detach()
     return t.clone() if t.numel()*t.element_size() < t.untyped_storage().nbytes() else t
 
@@ -41,23 +42,22 @@ def _plain(value, where):
     "`value` as plain data, or a TypeError that says where in the state it stands."
     kind, inner = type(value), lambda v, at: _plain(v, f'{where}[{at!r}]')
     if value is None or kind in (bool, float, str): return value
-    if kind is int and value.bit_length() < 2000: return value  # what weights_only=True reads back
+    if kind is int and value.bit_length() < 2000: return value  # a longer one is refused by weights_only=True
     if isinstance(value, Tensor): return _tensor(value, where)
-    if isinstance(value, np.ndarray) and value.dtype.kind in 'biufc' and value.dtype.char not in 'gG':
+    if kind in (np.ndarray, np.memmap) and value.dtype.kind in 'biufc' and value.dtype.char not in 'gG':
         return torch.from_numpy(np.array(value, value.dtype.newbyteorder('='), order='C'))
     if isinstance(value, np.generic) and type(value.item()) in (bool, int, float, str): return value.item()
     if isinstance(value, (PurePath, torch.device, torch.dtype)): return str(value)
-    if is_dataclass(value) and kind is not type:
+    if is_dataclass(value) and not isinstance(value, type):
         return {f.name: inner(getattr(value, f.name), f.name) for f in fields(value)}
     if isinstance(value, dict):
-        for k in value:
-            if not isinstance(k, np.integer) and type(k) not in (str, int):
-                raise TypeError(f'{where}: expected keys that are str or int, got {k!r}')
+        odd = [k for k in value if not isinstance(k, np.integer) and type(k) not in (str, int)]
+        if odd: raise TypeError(f'{where}: expected keys that are str or int, got {odd[0]!r}')
         return {k if type(k) is str else int(k): inner(v, k) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [inner(v, i) for i, v in enumerate(value)]
-        return items if isinstance(value, list) else tuple(items)
-    raise TypeError(f'{where}: expected plain data (numbers, strings, tensors, lists, dicts), got {kind.__name__}')
+        return (list if isinstance(value, list) else tuple)(inner(v, i) for i, v in enumerate(value))
+    got = f'an int of {value.bit_length()} bits' if kind is int else kind.__name__
+    raise TypeError(f'{where}: expected plain data (numbers, strings, tensors, lists, dicts), got {got}')
 
 # %% ../nbs/06_checkpoint.ipynb #save
 FORMAT = 1  # goes up when an older cnnbook could no longer read what a newer one writes
@@ -71,19 +71,17 @@ class _Digest:
     def write(self, data):
         self.count += len(data)
         if self.error: return  # go on counting: the message says how much room is needed
-        try:
-            self.f.write(data)
-            self.sha.update(data)
+        try: self.f.write(data), self.sha.update(data)
         except BaseException as e: self.error = e  # raised here, torch's C++ would bury it under an error of its own
 
 
 def _not_saved(path, e, need):
     kept = 'the previous checkpoint is kept' if os.path.isfile(path) else 'nothing was written'
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): why, tail = e.strerror, ''
-    else:
+    if need and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(path.parent).free
-        why, tail = f'{math.ceil(need/1e5)/10} MB needed, {free/1e6:.1f} MB free', f' ({e.strerror})'
-    return OSError(e.errno, f'cannot save {path}: {why}; {kept}{tail}')
+        why = f'{math.ceil(need/1e5)/10} MB needed, {free/1e6:.1f} MB free; {kept} ({e.strerror})'
+    else: why = f'{e.strerror or e}; {kept}'
+    return OSError(e.errno, f'cannot save {path}: {why}')
 
 
 def save_checkpoint(
@@ -93,7 +91,7 @@ def save_checkpoint(
     "Save plain data whole or not at all, with its sha256 in the last 32 bytes."
     if not isinstance(state, dict): raise TypeError(f'state: expected dict, got {type(state).__name__}')
     try: plain = _plain(state, 'state') | {'cnnbook_format': FORMAT, 'cnnbook_version': __version__}
-    except RecursionError: raise ValueError('state: expected nested data, got some that contains itself') from None
+    except RecursionError: raise ValueError('state: expected nested data, got it too deep (a circle?)') from None
     path, need = Path(path), 0
     try:
         if os.path.isdir(path): raise IsADirectoryError(errno.EISDIR, 'this is a folder')
@@ -136,13 +134,13 @@ def _fault(f):
     while left > 0 and (n := f.readinto(piece[:min(left, len(piece))])):
         sha.update(piece[:n])
         left -= n
-    if size > 32 and sha.digest() == (tail := f.read()): return ''
+    if size > 32 and sha.digest() == f.read(): return ''
     f.seek(max(0, size - 54))
     end = f.read()  # a zip ends in a record of 22 bytes that begins with PK\5\6; ours has the sha256 behind it
     if end[-22:-18] == b'PK\5\6':
         return 'is not a cnnbook checkpoint: it ends without a sha256, as a file of plain torch.save does'
     if end[:4] != b'PK\5\6': return f'is damaged: its end is missing or changed ({size} bytes are there)'
-    return f'is damaged (checksum): expected sha256 {tail.hex()[:12]}..., got {sha.hexdigest()[:12]}...'
+    return 'is damaged (checksum): its bytes are not those that were written'
 
 
 def _accept(state, path):
@@ -156,7 +154,11 @@ def _accept(state, path):
     return state
 
 
-def _line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
+def _line(e):
+    "What an error says in a line; torch gives advice first, such as to trust the file."
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    line = ([s for s in lines if 'WeightsUnpickler error' in s or 'GLOBAL' in s] or lines)[0]
+    return line.rpartition('WeightsUnpickler error: ')[2].split('. ')[0].strip(' .')[:160]
 
 
 def load_checkpoint(
@@ -170,7 +172,10 @@ def load_checkpoint(
     with _open(path) as f:
         if fault := _fault(f): raise DamagedError(f'{path} {fault}')
         f.seek(0)
-        try: state = torch.load(f, map_location=device, weights_only=True)
+        is_zip, _ = f.read(4) == b'PK\3\4', f.seek(0)
+        try:
+            if not is_zip: raise ValueError('not a zip archive')  # keeps torch's readers of old formats out of reach
+            state = torch.load(f, map_location=device, weights_only=True)
         except (OSError, MemoryError, torch.cuda.OutOfMemoryError): raise
         except Exception as e: raise CheckpointError(f'{path} refused: not a plain-data checkpoint ({_line(e)})') from e
     return _accept(state, path)
@@ -189,9 +194,6 @@ def newest_checkpoint(
     return best
 
 # %% ../nbs/06_checkpoint.ipynb #check-weights
-def _names(what, names): return f'; {what}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}' if names else ''
-
-
 def check_weights(
     model: nn.Module,       # is only looked at
     state_dict: dict,       # name -> tensor, as model.state_dict() gives it
@@ -201,12 +203,47 @@ def check_weights(
     if not isinstance(state_dict, dict): raise TypeError(f'state_dict: expected dict, got {type(state_dict).__name__}')
     ours, shape = model.state_dict(), lambda v: tuple(v.shape) if isinstance(v, Tensor) else None
     both = [k for k in ours if k in state_dict and not nn.parameter.is_lazy(ours[k])]
-    wrong = [f'{k} {shape(ours[k])} got {shape(state_dict[k])}' for k in both if shape(ours[k]) != shape(state_dict[k])]
+    wrong = [k for k in both if shape(ours[k]) != shape(state_dict[k])]
     nans = [k for k in both if isinstance(v := state_dict[k], Tensor) and v.is_floating_point() and v.isnan().any()]
     missing, more = [k for k in ours if k not in state_dict], [k for k in state_dict if k not in ours]
     if not (wrong or nans or missing or more): return
-    text = _names('missing', missing) + _names('unexpected', more) + _names('expected shape', wrong) + _names('NaN', nans)
-    if more and all(str(k).startswith('module.') for k in state_dict): text += '; saved from a DataParallel: drop module.'
-    n = len(ours) - len(missing) - len({w.split()[0] for w in wrong} | set(nans))
-    source = f' in {path}' if path else ''
-    raise ValueError(f'state_dict: expected the weights of {type(model).__name__}, got {n} of {len(ours)}{source}{text}')
+    shapes = [f'{k} {shape(ours[k])} got {shape(state_dict[k])}' for k in wrong]
+    kinds = {'missing': missing, 'unexpected': more, 'expected shape': shapes, 'NaN': nans}
+    text = ''.join(f'; {what}: {", ".join(map(str, k[:3]))}{", ..."*(len(k) > 3)}' for what, k in kinds.items() if k)
+    if more and all(str(k).startswith('module.') for k in state_dict): text += "; take 'module.' off the names"
+    got = f'{len(ours) - len(missing) - len({*wrong, *nans})} of {len(ours)}{" in " if path else ""}{path}{text}'
+    raise ValueError(f'state_dict: expected the weights of {type(model).__name__}, got {got}')
+
+# %% ../nbs/06_checkpoint.ipynb #checks
+@exercise(solution='hcu', wrong=[('uhc', 'already run'), ('huc', 'already run'), ('chu', 'something to compare')])
+def check_load_order(answer: str):  # the letters h (hash the bytes), c (compare), u (unpickle)
+    "The order of loading."
+    expect(answer[-1:] == 'u', 'a hostile file has already run when you find out: unpickle last')
+    expect(answer == 'hcu', 'first hash the bytes, so that there is something to compare')
+
+
+@exercise(solution=lambda d: hashlib.sha256(d[:-32]).digest() == d[-32:],
+          wrong=[(lambda d: len(d) > 32, 'flipped'), (lambda d: hashlib.sha256(d).digest() == d[-32:], 'itself')])
+def check_whole(answer: Callable):  # bytes of a file -> True if its last 32 are the sha256 of what stands before
+    "Is a file whole?"
+    good = b'some weights' + hashlib.sha256(b'some weights').digest()
+    expect(answer(good), 'a whole file is refused: the digest covers what stands before it, not itself')
+    expect(not answer(b'S' + good[1:]), 'a flipped bit is not noticed')
+
+
+@exercise(solution=lambda v: v.item() if isinstance(v, np.generic) else str(v) if isinstance(v, Path) else v,
+          wrong=[(lambda v: v, 'by isinstance'), (lambda v: float(v) if hasattr(v, 'item') else str(v), 'stay one')])
+def check_plain(answer: Callable):  # NumPy scalar, Path, int, float, str or None -> the same as plain data
+    "Plain data by hand."
+    expect(type(answer(np.float64(.5))) is float, 'np.float64 is a float by isinstance, and is still refused at load')
+    expect(type(answer(np.int64(3))) is int, 'a whole number must stay one')
+    expect([answer(v) for v in (Path('a'), None, 2)] == ['a', None, 2], 'a Path becomes a string, None and 2 stay')
+
+
+@exercise(solution=lambda files: max((f[::-1] for f in files if f[2]), key=lambda f: f[1], default=(0, 0, None))[2],
+          wrong=[(lambda f: sorted(f)[-1][0], 'damaged'), (lambda f: max(x[0] for x in f if x[2]), 'by name')])
+def check_resume_from(answer: Callable):  # [(name, global_step, whole)] -> the name to resume from, or None
+    "Which checkpoint to resume from."
+    expect(answer([('a', 1, True), ('b', 2, False)]) == 'a', 'b is damaged: a is the newest whole one')
+    expect(answer([('s10', 10, True), ('s9', 9, True)]) == 's10', 's9 is last by name, but s10 has more steps')
+    expect(answer([('a', 1, False)]) is None, 'no file is whole: None was expected')
