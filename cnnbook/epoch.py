@@ -78,8 +78,9 @@ class EpochLoop(Evaluator):
                 if cuda: torch.cuda.set_rng_state(self._random[1])
             again = self._window if tries else self._window[-1:]
             tries.append(parts)
-            for i, (x, y, weight) in enumerate(again):
-                out = self._backward(x, y, weight/self._window[0][2], parts, optimizer, len(again) == len(self._window) and i == 0)
+            clear = len(again) == len(self._window)
+            for x, y, weight in again:
+                out, clear = self._backward(x, y, weight/self._window[0][2], parts, optimizer, clear), False
             return out
 
         out, used = halving(run, len(batch[0]), min(self.state.parts, len(batch[0])))
@@ -115,7 +116,8 @@ class EpochLoop(Evaluator):
     def _take(self, optimizer):
         params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         total = sum(w for *_, w in self._window)/self._window[0][2]
-        if total != 1 and getattr(self.loss, 'reduction', 'mean') != 'sum': torch._foreach_div_([p.grad for p in params], total)
+        if total != 1 and getattr(self.loss, 'reduction', 'mean') != 'sum':
+            torch._foreach_div_([p.grad for p in params], total)
         self._window = []
         self.numbers.unscale(optimizer)
         self._call('on_before_optimizer_step', optimizer)
@@ -128,9 +130,9 @@ class EpochLoop(Evaluator):
         if stepped and self.scheduler is not None and self.interval == 'step': self.scheduler.step()
 
     def _unfit(self, value):   # on a GPU reading makes it wait: there only now and then
-        s = self.state
-        rare = value.device.type == 'cpu' or not (s.global_step + 1) % 50 or s.batches_done + 1 >= self.num_training_batches
-        return rare and not math.isfinite(value.item())
+        s, last = self.state, self.state.batches_done + 1 >= self.num_training_batches
+        read = value.device.type == 'cpu' or not (s.global_step + 1) % 50 or last
+        return read and not math.isfinite(value.item())
 
     def _check_loss(self, value, x, pred, y):
         if not self._unfit(value): return
@@ -149,7 +151,8 @@ class EpochLoop(Evaluator):
         s, rate = self.state, self.optimizers[0].param_groups[0]['lr']
         first = next((n for n, t in named if t is not None and not t.isfinite().all()), f'the {what}')
         where = f'epoch {s.current_epoch}, step {s.global_step}, lr {rate:.3g}'
-        raise ValueError(f"{what}: expected a finite number, got {value.item()} in {where}; {cause or f'first not finite: {first}'}")
+        cause = cause or f'first not finite: {first}'
+        raise ValueError(f'{what}: expected a finite number, got {value.item()} in {where}; {cause}')
 
     def run(self,
         model: nn.Module,
@@ -189,7 +192,8 @@ class EpochLoop(Evaluator):
         if self.terminate_on_nan: self.check_weights()
         look = self.valid is not None and (state.current_epoch + 1) % self.check_val_every_n_epoch == 0
         looked = self._look('validation', 'valid', self.valid, self.loss) if look else {}
-        self._then, row = None, {'epoch': state.current_epoch, **self._note('train', self.means), **looked, 'lr': state.lr}
+        row = {'epoch': state.current_epoch, **self._note('train', self.means), **looked, 'lr': state.lr}
+        self._then = None
         self.history.append(row | {'seconds': time.perf_counter() - started})
         if self.scheduler is not None and self.interval == 'epoch':
             follows = isinstance(self.scheduler, ReduceLROnPlateau)
@@ -218,7 +222,8 @@ def check_reached(answer: set):   # names of the Linear layers
 
 
 @exercise(solution=lambda window: sum(g*n for g, n in window)/sum(n for _, n in window),
-          wrong=[(lambda w: sum(g for g, _ in w)/len(w), 'as much as'), (lambda w: sum(g for g, _ in w), 'never divided'),
+          wrong=[(lambda w: sum(g for g, _ in w)/len(w), 'as much as'),
+                 (lambda w: sum(g for g, _ in w), 'never divided'),
                  (lambda w: sum(g*n for g, n in w)/len(w), 'number of batches')])
 def check_window(answer: Callable):   # [(gradient of the batch's mean, samples)] -> gradient of the step
     "The gradient of several batches together."
@@ -233,7 +238,8 @@ def _first(named): return next((n for n, t in named if not t.isfinite().all()), 
 
 
 @exercise(solution=_first, wrong=[(lambda named: next((n for n, t in named if t.isnan().any()), None), 'infinite'),
-                                  (lambda named: _first(named[::-1]), 'last'), (lambda named: _first(named) or '', 'None')])
+                                  (lambda named: _first(named[::-1]), 'last'),
+                                  (lambda named: _first(named) or '', 'None')])
 def check_first_bad(answer: Callable):   # [(name, tensor)] -> name of the first that is not finite, or None
     "Which tensor was the first?"
     inf, nan, good = torch.tensor([1., float('inf')]), torch.tensor([float('nan')]), torch.ones(2)
@@ -244,7 +250,8 @@ def check_first_bad(answer: Callable):   # [(name, tensor)] -> name of the first
 
 
 @exercise(solution=lambda batches, k, epochs: epochs*-(-batches//k),
-          wrong=[(lambda b, k, e: e*b, 'batch'), (lambda b, k, e: e*(b//k), 'last window'), (lambda b, k, e: -(-e*b//k), 'edge')])
+          wrong=[(lambda b, k, e: e*b, 'batch'), (lambda b, k, e: e*(b//k), 'last window'),
+                 (lambda b, k, e: -(-e*b//k), 'edge')])
 def check_cycle_length(answer: Callable):   # (batches of an epoch, k, epochs) -> steps of the run
     "How long a one-cycle schedule must be with accumulation over k batches."
     got = answer(29, 4, 10)

@@ -100,7 +100,7 @@ class Evaluator:
         self.callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
         self.device, self.metrics = device, dict(metrics or {})
         self.precision, self.channels_last = precision, channels_last
-        Precision(precision if precision != 'bf16-mixed' else '32')          # a wrong word is refused here, not in a run
+        Precision(precision if precision != 'bf16-mixed' else '32')          # a wrong word is refused at once
         self.state, self.callback_metrics, self.hooks = LoopState(), {}, own_hooks(self.callbacks)
 
     current_epoch = property(lambda self: self.state.current_epoch)

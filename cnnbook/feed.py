@@ -37,7 +37,7 @@ def count_batches(
 def _generators(data):
     "Generators of its own that a loader draws from: its sampler's, its own, its data set's."
     batches = getattr(data, 'batch_sampler', None)
-    owners = data, getattr(data, 'sampler', None), batches, getattr(batches, 'sampler', None), getattr(data, 'dataset', None)
+    owners = data, batches, *(getattr(o, k, None) for o in (data, batches) for k in ('sampler', 'dataset'))
     found = {id(g): g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
     return list(found.values())
 
@@ -56,7 +56,7 @@ def set_feed_state(
     "Put them back."
     own = _generators(data)
     if len(own) != len(state['generators']):
-        raise ValueError(f"data: expected a loader with {len(state['generators'])} generators of its own, got {len(own)}")
+        raise ValueError(f"data: expected {len(state['generators'])} generators of the loader's own, got {len(own)}")
     set_random_state(state['random'])
     for g, s in zip(own, state['generators']): g.set_state(s.cpu())
 
@@ -66,7 +66,7 @@ def _samples(data, begun, i):
     now = feed_state(data)
     try:
         set_feed_state(data, begun)
-        torch.empty((), dtype=torch.int64).random_(generator=data.generator)     # a DataLoader draws its workers' seed first
+        torch.empty((), dtype=torch.int64).random_(generator=data.generator)     # the seed of the workers comes first
         batch = next(itertools.islice(data.batch_sampler or data.sampler, i, None))
         return [int(k) for k in (batch if isinstance(batch, (list, tuple)) else [batch])]
     except Exception: return []                                                  # no numbers: an iterable data set
@@ -96,7 +96,8 @@ def _told(data, name, begun, i, error):
         return f'{name}: a worker hangs or is too slow: {text} {where}; DataLoader(timeout=...) sets the limit'
     if 'killed by signal' in text or 'exited unexpectedly' in text:
         return f'{name}: a worker died, {where}: {text.splitlines()[0]}'
-    return f'{name}: batch {i}, ' + (_culprit(data, samples) or f'one of the samples {_some(samples)}: {text.splitlines()[0]}')
+    found = _culprit(data, samples) or f'one of the samples {_some(samples)}: {text.splitlines()[0]}'
+    return f'{name}: batch {i}, {found}'
 
 # %% ../nbs/05g_feed.ipynb #feed
 PATIENCE = 50    # seconds without a batch until a worker counts as hanging, where the loader sets no limit itself
@@ -180,10 +181,12 @@ def check_place(answer: Callable):   # (step, n, size) -> (epoch, batches done)
     expect(got != (2, 5), 'the last short batch of each epoch is a step too')
     expect(got != (0, 19), 'an epoch is a number of batches, not of samples')
     expect(got != (3, 2), 'the epoch first, then the batches done in it')
-    expect(got == (2, 3) and tuple(answer(8, 450, 64)) == (1, 0), f'8 batches an epoch: 19 steps are 2 epochs and 3, got {got}')
+    expect(got == (2, 3), f'with 8 batches an epoch 19 steps are (2, 3), got {got}')
+    expect(tuple(answer(8, 450, 64)) == (1, 0), 'after the last batch of an epoch the next one has begun')
 
 
-def _order(n, seed, epoch): return torch.randperm(n, generator=torch.Generator().manual_seed(1000*seed + epoch)).tolist()
+def _order(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1000*seed + epoch)).tolist()
 
 
 def _order_global(n, seed, epoch):
@@ -192,7 +195,7 @@ def _order_global(n, seed, epoch):
 
 
 @exercise(solution=_order, wrong=[(lambda n, seed, epoch: _order(n, seed, 0), 'every epoch'),
-                                  (_order_global, 'global'), (lambda n, seed, epoch: torch.randperm(n).tolist(), 'second time'),
+                                  (_order_global, 'global'), (lambda n, *_: torch.randperm(n).tolist(), 'second time'),
                                   (lambda n, seed, epoch: [k*(epoch + seed + 1) % n for k in range(n)], 'once')])
 def check_order(answer: Callable):   # (n, seed, epoch) -> list of the numbers 0 to n - 1
     "An order that needs no state."
@@ -234,8 +237,9 @@ def check_find(answer: Callable):   # (read, batch) -> the first sample that can
     expect(answer(read, [1, 2]) is None, 'where all can be read, return None')
 
 
-@exercise(solution=lambda: ('begun', 'now'), wrong=[(lambda: ('now', 'begun'), 'shuffled'), (lambda: ('now', 'now'), 'shuffled'),
-                                                    (lambda: ('begun', 'begun'), 'dropout')])
+@exercise(solution=lambda: ('begun', 'now'),
+          wrong=[(lambda: ('now', 'begun'), 'shuffled'), (lambda: ('now', 'now'), 'shuffled'),
+                 (lambda: ('begun', 'begun'), 'dropout')])
 def check_two_states(answer: Callable):   # () -> (state before the epoch is begun, state after the skipping)
     "Which state goes where?"
     first, second = answer()

@@ -26,7 +26,7 @@ from .exercise import exercise, expect
 
 # %% ../nbs/06ab_resume.ipynb #stops
 class Stops:
-    "Inside the block Ctrl-C and SIGTERM are only noted; `check` obeys them where it is safe. A second one is obeyed at once."
+    "Inside the block Ctrl-C and SIGTERM are noted, and obeyed by `check` where it is safe; a second one at once."
     def __init__(self): self.asked, self.old, self.pid = None, {}, os.getpid()
 
     def __enter__(self):
@@ -97,7 +97,8 @@ def check_run(
 ):
     "Refuse a checkpoint that belongs to another run, naming the first thing that differs; nothing is changed."
     for key in ('loop', 'state_dict', 'optimizer_states', 'lr_schedulers', 'feed', 'history', 'run'):
-        if key not in checkpoint: raise CheckpointError(f'{path}: expected a checkpoint of a Trainer, got one without {key}')
+        if key not in checkpoint:
+            raise CheckpointError(f'{path}: expected a checkpoint of a Trainer, got one without {key}')
     for name, now in facts.items():
         was = checkpoint['run'].get(name)
         if was != now: raise ValueError(f'{name}: expected {was}, as in {path}, got {now}')
@@ -114,7 +115,8 @@ def restore_schedule(
     "Put a schedule where the old one stood, with the length and shape of the new one."
     if not type(scheduler).__module__.startswith('torch.optim') and not isinstance(scheduler, LambdaLR):
         return scheduler.load_state_dict(state)
-    for part, kept in zip(getattr(scheduler, '_schedulers', ()), state.get('_schedulers', ())): restore_schedule(part, kept)
+    for part, kept in zip(getattr(scheduler, '_schedulers', ()), state.get('_schedulers', ())):
+        restore_schedule(part, kept)
     mine = scheduler.state_dict()
     for key in _MOVES:
         if key in state: setattr(scheduler, key, state[key])
@@ -234,10 +236,11 @@ def check_noted(answer: Callable):   # a class: a block with check(), which rais
 
 
 @exercise(solution=lambda rate, done, total: rate*(1 - done/total),
-          wrong=[(lambda rate, done, total: rate, 'from the beginning'), (lambda rate, done, total: rate*(1 - done/10), 'old length'),
+          wrong=[(lambda rate, done, total: rate, 'from the beginning'),
+                 (lambda rate, done, total: rate*(1 - done/10), 'old length'),
                  (lambda rate, done, total: rate*done/total, 'downwards')])
 def check_longer(answer: Callable):   # (highest rate, epochs done, new total) -> rate of the next epoch
-    "A rate that falls in a straight line from its highest value to 0, in a run that was 10 epochs long and is made longer."
+    "A rate that falls in a straight line to 0, in a run that was 10 epochs long and is made longer."
     got = answer(.1, 5, 20)
     expect(got != .1, 'the rate does not begin from the beginning again')
     expect(abs(got - .05) > 1e-9, 'that is the rate of the old length, 10 epochs: the new one counts')

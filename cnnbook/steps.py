@@ -7,6 +7,7 @@ __all__ = ['PRECISIONS', 'loss_weight', 'split_batch', 'is_out_of_memory', 'halv
            'check_mixed_order', 'check_steps_taken', 'check_accumulated', 'check_lost_where']
 
 # %% ../nbs/05d_steps.ipynb #imports
+import math
 import os
 import re
 import traceback
@@ -48,8 +49,8 @@ def split_batch(
     return list(zip(x.tensor_split(parts), y.tensor_split(parts)))
 
 # %% ../nbs/05d_steps.ipynb #oom
-_OUT_OF_MEMORY = re.compile("out of memory|NvMapMemAlloc|NVML_SUCCESS|ALLOC_FAILED|HOST_ALLOCATION|can't allocate memory",
-                            re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile("out of memory|NvMapMemAlloc|NVML_SUCCESS|ALLOC_FAILED|HOST_ALLOCATION|"
+                            "can't allocate memory", re.IGNORECASE)
 
 
 def is_out_of_memory(
@@ -179,7 +180,7 @@ def check_mixed_order(answer: list):   # the five words in order
     expect(answer == _ORDER, 'the step comes last, after all of the others')
 
 
-@exercise(solution=lambda n, size, k: -(-(-(-n//size))//k),
+@exercise(solution=lambda n, size, k: math.ceil(math.ceil(n/size)/k),
           wrong=[(lambda n, size, k: n//(size*k), 'short'), (lambda n, size, k: -(-n//size), 'batch'),
                  (lambda n, size, k: -(-n//size)//k, 'last')])
 def check_steps_taken(answer: Callable):   # (n, size, k) -> steps of an epoch
@@ -228,5 +229,5 @@ def check_accumulated(answer: Callable):   # (model, loss, parts [(x, y)]): leav
 def check_lost_where(answer: dict):   # what is lost -> 'float16', 'bfloat16' or 'both'
     "Which format loses a gradient of 1e-9, an update of 0.0003 on a weight of 1, a score of 100,000?"
     expect(answer.get('tiny gradients') == 'float16', 'bfloat16 has the range of float32: 1e-9 is no problem there')
-    expect(answer.get('small updates') == 'both', 'the next number after 1 is 1.00098 in one and 1 + 0.0078 in the other')
+    expect(answer.get('small updates') == 'both', 'the next number after 1 is 1.00098 in one, 1 + 0.0078 in the other')
     expect(answer.get('large scores') == 'float16', 'only the format that ends at 65504 overflows')

@@ -70,7 +70,7 @@ class Trainer(EpochLoop):
         channels_last: bool = False,                    # images with the channels of a pixel side by side
         accumulate_grad_batches: int = 1,               # batches a step
         gradient_clip_val: float | None = None,         # longest gradient, all parameters together
-        overfit_batches: int | float = 0,               # learn so many batches (or this share) by heart, validate on them
+        overfit_batches: int | float = 0,               # learn so many batches by heart (or this share of all)
         fast_dev_run: bool | int = False,               # one batch (or so many) of everything: does it run at all?
         check_val_every_n_epoch: int = 1,               # epochs from one validation to the next
         log_every_n_steps: int = 50,                    # steps from one log of the batch's loss to the next
@@ -84,7 +84,8 @@ class Trainer(EpochLoop):
         super().__init__(callbacks=callbacks, device=device, metrics=metrics, precision=precision,
                          channels_last=channels_last)
         self.fast_dev_run = _whole('fast_dev_run', int(fast_dev_run), 0)
-        if max_epochs is None and max_steps < 1: raise ValueError('max_epochs: expected a number, or max_steps, got neither')
+        if max_epochs is None and max_steps < 1:
+            raise ValueError('max_epochs: expected a number, or max_steps, got neither')
         self.max_epochs = -1 if max_epochs is None else _whole('max_epochs', max_epochs, 1)
         self.max_steps = _whole('max_steps', max_steps, -1)
         if self.fast_dev_run: self.max_epochs, self.max_steps = 1, self.fast_dev_run
@@ -96,8 +97,9 @@ class Trainer(EpochLoop):
             raise ValueError(f'gradient_clip_val: expected a number above 0, got {gradient_clip_val!r}')
         share = isinstance(overfit_batches, float) and 0 <= overfit_batches <= 1
         self.overfit_batches = overfit_batches if share else _whole('overfit_batches', overfit_batches, 0)
-        self.gradient_clip_val, self.terminate_on_nan, self.hparams = gradient_clip_val, terminate_on_nan, dict(hparams or {})
-        self.deterministic, self.benchmark, self.last_checkpoint = deterministic, benchmark, None
+        self.gradient_clip_val, self.terminate_on_nan = gradient_clip_val, terminate_on_nan
+        self.deterministic, self.benchmark, self.hparams = deterministic, benchmark, dict(hparams or {})
+        self.last_checkpoint = None
         self.default_root_dir = Path(default_root_dir or '.')
         if enable_progress_bar and not any(isinstance(c, ProgressBar) for c in self.callbacks):
             self.callbacks.append(ProgressBar())
@@ -122,8 +124,8 @@ class Trainer(EpochLoop):
         "Train for max_epochs; each fit is a run of its own. Ctrl-C ends it quietly and keeps what there is."
         self.begin(model, *self._feeds(train, valid), optimizer, loss, scheduler, interval)
         self.facts = run_facts(train, optimizer, scheduler, self.accumulate_grad_batches)
-        folders = [c.dirpath for c in self.callbacks if getattr(c, 'dirpath', None)] + [self.default_root_dir/'checkpoints']
-        found = find_checkpoint(ckpt_path, folders[0]) if ckpt_path else None
+        own = [c.dirpath for c in self.callbacks if getattr(c, 'dirpath', None)]
+        found = find_checkpoint(ckpt_path, [*own, self.default_root_dir/'checkpoints'][0]) if ckpt_path else None
         try:
             with settings(self.deterministic, self.benchmark), Stops() as self.stops, self._logging():
                 self.run(model, (lambda: self._restore(*found)) if found else None)
@@ -160,7 +162,8 @@ class Trainer(EpochLoop):
         filepath: Path | str,   # usually NAME.ckpt
     ) -> Path:
         "Write everything that the run needs to go on from here; only between two steps."
-        if not self.at_boundary: raise ValueError('save_checkpoint: expected to be called between two steps, got within one')
+        if not self.at_boundary:
+            raise ValueError('save_checkpoint: expected to be called between two steps, got within one')
         if self.terminate_on_nan: self.check_weights()
         checkpoint = pack_run(self)
         self._call('on_save_checkpoint', checkpoint)
@@ -171,8 +174,8 @@ class Trainer(EpochLoop):
         unpack_run(self, path, checkpoint)
         self._call('on_load_checkpoint', checkpoint)
         self.place = checkpoint['feed']
-        s = self.state
-        if self.over(): print(f'already done: {s.current_epoch} of {self.max_epochs} epochs, {s.global_step} steps, in {path}')
+        done = f'{self.current_epoch} of {self.max_epochs} epochs, {self.global_step} steps'
+        if self.over(): print(f'already done: {done}, in {path}')
 
     def _told(self, how):
         kept = f"resume with ckpt_path='{self.last_checkpoint}'" if self.last_checkpoint else \
