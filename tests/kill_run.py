@@ -1,4 +1,4 @@
-"A run that is killed at any instant and started again: python kill_run.py FOLDER; prints a digest of the weights at its end."
+"A run that may be killed and started again: python kill_run.py FOLDER; prints a digest of its weights at the end."
 import sys
 from pathlib import Path
 
@@ -16,7 +16,8 @@ EPOCHS, folder = 6, Path(sys.argv[1])
 torch.manual_seed(0)
 images = shapes(256, size=16)
 train, valid = Loader(images, 32, Augment(flip=True, shift=2), shuffle=True), Loader(images, 64)
-model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(.2), nn.Linear(8*14*14, 10))
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(.2),
+                      nn.Linear(8*14*14, 10))
 optimizer = torch.optim.SGD(model.parameters(), .05, momentum=.9)
 saving = ModelCheckpoint(folder, monitor='valid_loss', every_n_train_steps=1)
 trainer = Trainer(max_epochs=EPOCHS, callbacks=saving, enable_progress_bar=False)
