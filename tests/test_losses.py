@@ -1,4 +1,4 @@
-"""What the cells do not say of `cnnbook.losses` and `cnnbook.cheatsheet`: random rounds against torch, odd inputs."""
+"""What the cells do not say of `cnnbook.losses` and `cnnbook.losses_by_hand`: random rounds against torch, odd inputs."""
 from functools import partial
 
 import pytest
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from cnnbook import cheatsheet
 from cnnbook import losses as L
-from cnnbook.cheatsheet import explain_loss
+from cnnbook import losses_by_hand as H
+from cnnbook.losses import explain_loss
 
-CHECKS = [L.check_best_gap, L.check_smooth_rows, L.check_log_sigmoid, L.check_counted_mean,
-          cheatsheet.check_double_floor, cheatsheet.check_sigmoid_floor, cheatsheet.check_column_labels,
-          cheatsheet.check_kind_of]
+CHECKS = [H.check_best_gap, H.check_smooth_rows, H.check_log_sigmoid, H.check_counted_mean,
+          L.check_double_floor, L.check_sigmoid_floor, L.check_column_labels,
+          L.check_kind_of]
 ONES = [nn.CrossEntropyLoss(), nn.NLLLoss(), nn.BCELoss(), nn.BCEWithLogitsLoss(), nn.KLDivLoss(reduction='batchmean')]
 
 
