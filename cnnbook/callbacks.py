@@ -195,7 +195,6 @@ class ModelCheckpoint(Follow):
     def _gone(self, path):   # a file that cannot be deleted now will be tried again after the next save
         with suppress(OSError): Path(path).unlink(missing_ok=True)
         return not os.path.exists(path)
-
     def __repr__(self):
         kind = f'best by {self.monitor}' if self.monitor else 'newest'
         return f'ModelCheckpoint, the {kind}: {", ".join(Path(p).name for p in self._ranked()) or "none yet"}'
@@ -240,7 +239,8 @@ def check_due(answer: Callable):   # (steps taken, every n steps) -> whether to 
 
 @exercise(solution=lambda files: max((s, n) for n, s, whole in files if whole)[1],
           wrong=[(lambda files: max(f for f in files if f[2])[0], 'name'),
-                 (lambda files: max((s, n) for n, s, _ in files)[1], 'damaged'), (lambda files: 'last.ckpt', 'damaged')])
+                 (lambda files: max((s, n) for n, s, _ in files)[1], 'damaged'),
+                 (lambda files: 'last.ckpt', 'damaged')])
 def check_resume_from(answer: Callable):   # [(name, global step, whole)] -> the name of the file to go on from
     "From which file a run goes on."
     expect(answer([('last.ckpt', 40, False), ('epoch=3.ckpt', 32, True), ('epoch=1.ckpt', 16, True)]) == 'epoch=3.ckpt',
