@@ -11,7 +11,7 @@ QUIET_ENV := CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg
 TEST_ENV := $(ONE_THREAD) $(QUIET_ENV)
 LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help setup lab test test-nb test-py test-real test-cuda test-lab check clean-nb export lint drift book slow bench clean
+.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab check clean-nb export lint drift book slow bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -48,6 +48,11 @@ test-nb: setup
 test-py: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m 'not slow and not real and not lab' $(ARGS)
 
+test-peers: setup  ## trainer, logs and measures held against other libraries (installs the peers extra)
+	$(BIN)/python -m pip install -q -c $(OUT)/pins.txt -e '.[peers]'
+	$(TEST_ENV) $(BIN)/python -m pytest $$(grep -l importorskip tests/*.py) -m 'not slow and not real and not lab' \
+		-k 'lightning or tensorboard or wandb or torchmetrics or torchinfo or peers' -rs $(ARGS)
+
 test-lab: setup  ## a chapter in JupyterLab in a real browser (needs chromium)
 	$(TEST_ENV) $(BIN)/python -m pytest -m lab $(ARGS)
 
@@ -60,7 +65,7 @@ test-cuda: setup  ## the cells flagged cuda, on a machine with a GPU
 
 slow: setup  ## full rounds of the kill and fuzz tests, and the cells flagged slow
 	CNNBOOK_FULL=1 CNNBOOK_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --flags slow --do_print
-	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? = 5 ]          # 5: none is marked yet
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 clean-nb: setup
 	$(BIN)/nbdev_clean
