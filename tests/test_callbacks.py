@@ -280,21 +280,26 @@ def test_fault_45_the_wall_clock_goes_backwards(tmp_path, monkeypatch):
 def test_fault_45_two_runs_in_one_second_and_in_one_folder(tmp_path):
     code = '''
         import sys
-        sys.path.insert(0, 'tests')
-        from test_callbacks import *
-        fit(trainer={'logger': CSVLogger(sys.argv[1])})
+        from types import SimpleNamespace
+        from cnnbook.callbacks import CSVLogger, ModelCheckpoint
         print('ready', flush=True)
-        class Wait(Callback):
-            def on_train_end(self, trainer, pl_module): print('held', flush=True); sys.stdin.readline()
-        fit(Wait(), ModelCheckpoint(sys.argv[2]))
+        sys.stdin.readline()
+        CSVLogger(sys.argv[1]).log_metrics({'loss': 1.}, 1)
+        keep = ModelCheckpoint(sys.argv[2])
+        keep.setup(SimpleNamespace(fast_dev_run=False, callbacks=[keep]), None, 'fit')
+        print('held', flush=True)
+        sys.stdin.readline()
         '''
     def start(name):
         return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), tmp_path/'logs', tmp_path/name],
                                 text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 cwd=Path(__file__).parent.parent, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    fit(ModelCheckpoint(tmp_path/'a'))
     one, two = start('a'), start('b')
     try:
-        for p in (one, two): assert [p.stdout.readline(), p.stdout.readline()] == ['ready\n', 'held\n'], p.stderr.read()
+        for p in (one, two): assert p.stdout.readline() == 'ready\n', p.stderr.read()
+        for p in (one, two): print(file=p.stdin, flush=True)
+        for p in (one, two): assert p.stdout.readline() == 'held\n', p.stderr.read()
         assert files(tmp_path/'logs') == ['version_0', 'version_1']
         before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'a').glob('*.ckpt')}
         with pytest.raises(ValueError, match=f'expected one run at a time, got .*run {one.pid} on'):
