@@ -1,8 +1,8 @@
-"""What three callbacks and logging add to a step of the plain loop: our `Trainer`, Lightning's Trainer and fastai's Learner
-on one tiny net, one thread, medians of paired runs. fastai needs an older fastcore than nbdev, so it runs in a process of
-its own with the Python named by $CNNBOOK_FASTAI; what is not installed is left out and said.
+"""What three callbacks and logging add to a step of the plain loop: `Trainer`, Lightning's Trainer and fastai's Learner,
+on one tiny net, one thread, medians of paired runs. fastai needs another fastcore than nbdev, so it runs with the Python
+named by $CNNBOOK_FASTAI; what is not installed is left out and said.
 
-    python benchmarks/trainer_overhead.py        exit code 1 if `Trainer` adds more than 45 %, or more than a sixth of a peer
+    python benchmarks/trainer_overhead.py     exit code 1 if `Trainer` adds over 45 %, or over a sixth of what a peer adds
 """
 import json
 import logging
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 MOST, TIMES = 45, 6              # percent that may be added; times less than each peer
-STEPS, ROUNDS = 400, 9
+STEPS, ROUNDS = 1500, 7
 LOSS = nn.CrossEntropyLoss()
 
 
@@ -78,7 +78,10 @@ def lightning(data):
     from lightning.pytorch.loggers import CSVLogger
 
     class Module(L.LightningModule):
-        def __init__(self): super().__init__(); self.net, self.optimizer = make()      # noqa: E702
+        def __init__(self):
+            super().__init__()
+            self.net, self.optimizer = make()
+
         def configure_optimizers(self): return self.optimizer
         def training_step(self, batch, i):
             value = LOSS(self.net(batch[0]), batch[1])
@@ -101,7 +104,8 @@ def fastai(data):
     cbs = [type(f'Count{k}', (Callback,), {h: lambda self: setattr(self, 'n', getattr(self, 'n', 0) + 1)})()
            for k, h in enumerate(hooks)]
     with tempfile.TemporaryDirectory() as folder:
-        learner = Learner(DataLoaders(data, Loader(data.batches[:1])), model, LOSS, lr=.1, path=folder, cbs=[*cbs, CSVLogger()])
+        loaders = DataLoaders(data, Loader(data.batches[:1]))
+        learner = Learner(loaders, model, LOSS, lr=.1, path=folder, cbs=[*cbs, CSVLogger()])
         with learner.no_bar(), learner.no_logging(): learner.fit(1)
 
 
@@ -117,7 +121,8 @@ def pairs(run, data):
 
 def peer(name, python=sys.executable):
     "The pairs of one side, measured in a process of its own; None if it is not installed there."
-    done = subprocess.run([python, __file__, name], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([python, __file__, name], capture_output=True, text=True, env=env)
     if done.returncode: print(f'{name} left out: {done.stderr.strip().splitlines()[-1]}')
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
@@ -132,7 +137,8 @@ def main():
         base = statistics.median(a for a, _ in measured)
         added[name] = statistics.median(b - a for a, b in measured)
         share = 100*statistics.median((b - a)/a for a, b in measured)
-        figures |= {f'{name}: plain loop, us a step': round(base*1e6), f'{name}: added, us a step': round(added[name]*1e6),
+        figures |= {f'{name}: plain loop, us a step': round(base*1e6),
+                    f'{name}: added, us a step': round(added[name]*1e6),
                     f'{name}: added, % of the plain loop': round(share, 1)}
         print(f'{name}: plain {base*1e6:.0f} us, {added[name]*1e6:.0f} us added ({share:.0f} %)', flush=True)
     figures |= {f'{name}: times as much as Trainer adds': round(added[name]/added['Trainer'], 1)

@@ -92,7 +92,7 @@ def summary(
     everything = list(model.parameters())
     if rest := sum(p.numel() for p in everything if id(p) not in seen):
         layers.append(Layer('(elsewhere)', '', (), rest, 0, 0))
-        unknown.append('parameters outside of layers')
+        unknown.append('parameters that no called layer holds')
     each = next((p.element_size() for p in everything if p.is_floating_point()), 4)
     return Summary(tuple(input_size), tuple(layers), sum(p.numel() for p in everything),
                    sum(p.numel() for p in everything if p.requires_grad), sum(v.macs for v in layers),
@@ -123,8 +123,8 @@ def kept_for_backward(
     return sum(kept.values())
 
 # %% ../nbs/03b_capacity.ipynb #training-memory
-# for each weight: numbers that the optimizer keeps, and numbers that it needs for a moment while it updates the weight
-_COPIES = {'sgd': (0, 0), 'momentum': (1, 0), 'rmsprop': (1, 1), 'adagrad': (1, 1), 'adam': (2, 2), 'adamw': (2, 2)}
+_COPIES = {'sgd': (0, 0, 0), 'momentum': (1, 0, 0), 'rmsprop': (1, 1, 1), 'adagrad': (1, 1, 2),   # numbers it keeps,
+           'adam': (2, 2, 1), 'adamw': (2, 2, 1)}   # copies of the weight in work, with foreach of all
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,10 @@ def training_memory(
         raise ValueError(f'batch_size: expected at least 1, got {batch_size!r}')
     walk_to_end(model, input_size)                         # a fault is told in words
     bytes_of = lambda tensors: [t.numel()*t.element_size() for t in tensors]
-    learn, (state, update) = bytes_of(p for p in model.parameters() if p.requires_grad), _COPIES[optimizer]
+    learn, (state, one, every) = bytes_of(p for p in model.parameters() if p.requires_grad), _COPIES[optimizer]
     return TrainingMemory(sum(bytes_of([*model.parameters(), *model.buffers()])), sum(learn), state*sum(learn),
                           kept_for_backward(model, input_size, batch_size),
-                          update*(sum(learn) if foreach else max(learn, default=0)))
+                          every*sum(learn) if foreach else one*max(learn, default=0))
 
 # %% ../nbs/03b_capacity.ipynb #peak-bytes
 class _Live(TorchDispatchMode):

@@ -122,9 +122,9 @@ def measure(
     if not has_classes(pred, target): return means.add('loss', value, len(target), is_sum)
     labelled, hits = target != ignored, pred.argmax(1) == target
     if ignored >= 0: hits &= labelled            # a class number can be guessed, -100 cannot
-    count = labelled.sum()
+    count = labelled.count_nonzero()             # a third of the time of sum()
     means.add('loss', value, count, is_sum)
-    means.add('acc', hits.sum(), count, is_sum=True)
+    means.add('acc', hits.count_nonzero(), count, is_sum=True)
 
 # %% ../nbs/05c_loop.ipynb #label-fault
 def label_fault(

@@ -15,8 +15,12 @@ import torch
 import torchvision
 from torch import nn
 
+from cnnbook.capacity import summary, training_memory
+from cnnbook.fields import pixels_seen
 from cnnbook.hooks import capture, eval_mode, tree
+from cnnbook.shapes import explain_shapes
 from cnnbook.trace import digest, keep_rng, layer_shapes, no_trace
+from cnnbook.walk import walk
 
 
 def look_at_outputs(model, x):
@@ -38,6 +42,21 @@ def look_with_noise(model, x):
         return sum(model(x + .1*torch.randn_like(x)) for _ in range(2))
 
 
+def from_size(look):
+    "An observer that takes an input size; an error that it hands over or explains is raised as it was."
+    def run(model, x):
+        try: found = look(model, tuple(x.shape[1:]))
+        except ValueError as e: raise (e.__cause__ or e) from None
+        if error := getattr(getattr(found, 'walk', found), 'error', None): raise error
+        return found
+    return run
+
+
+def look_at_pixels(model, x):
+    conv = next((n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
+    return pixels_seen(model, tuple(x.shape[1:]), conv) if conv else None
+
+
 # (name, function of a model and a batch): every observer of the book stands here
 OBSERVERS = [
     ('tree', lambda model, x: tree(model)),
@@ -45,6 +64,11 @@ OBSERVERS = [
     ('capture', look_at_outputs),
     ('capture with gradients', look_at_gradients),
     ('noise', look_with_noise),
+    ('walk', from_size(walk)),
+    ('explain_shapes', from_size(explain_shapes)),
+    ('summary', from_size(summary)),
+    ('training_memory', from_size(lambda model, size: training_memory(model, size, 2))),
+    ('pixels_seen', look_at_pixels),
 ]
 
 
