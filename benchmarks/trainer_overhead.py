@@ -1,8 +1,8 @@
-"""What three callbacks and logging add to a step of the plain loop: `Trainer`, Lightning's Trainer and fastai's Learner,
-on one tiny net, one thread, medians of paired runs. fastai needs another fastcore than nbdev, so it runs with the Python
-named by $CNNBOOK_FASTAI; what is not installed is left out and said.
+"""What three callbacks and logging add to a step of the plain loop: `Trainer`, Lightning's Trainer and fastai's Learner
+on one tiny net, one thread, medians of paired runs. fastai needs another fastcore than nbdev: it runs with the Python
+named by $CNNBOOK_FASTAI. What is not installed is left out, and said.
 
-    python benchmarks/trainer_overhead.py     exit code 1 if `Trainer` adds over 45 %, or over a sixth of what a peer adds
+    python benchmarks/trainer_overhead.py     exit code 1 if `Trainer` adds over 45 %, or over a sixth of a peer's share
 """
 import json
 import logging

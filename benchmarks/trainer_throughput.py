@@ -1,6 +1,6 @@
-"""Images a second while the 16-32-64 CIFAR net trains: `Trainer` with bf16-mixed, channels_last and batches of 128 against
-the plain loop in float32 with batches of 20. One thread, medians of alternating rounds, random images. On a CPU without
-units for bfloat16 `Trainer` computes in float32 and says so; what bfloat16 would have cost there is measured as well.
+"""Images a second while the 16-32-64 CIFAR net trains: `Trainer` with bf16-mixed, channels_last and batches of 128
+against the plain loop in float32 with batches of 20. One thread, medians of alternating rounds, random images. On a CPU
+without bfloat16 units `Trainer` computes in float32 and says so; what bfloat16 would cost there is measured as well.
 
     python benchmarks/trainer_throughput.py   exit code 1 if below 3 times (1 where the CPU has no bfloat16 units)
 """
@@ -56,7 +56,8 @@ def main():
     threads, units = torch.get_num_threads(), describe().cpu_bf16
     torch.set_num_threads(1)
     small, large = batches(20), batches(128)
-    sides = {'plain loop, float32, batch 20': lambda: plain(small), 'Trainer, bf16-mixed, batch 128': lambda: trained(large),
+    sides = {'plain loop, float32, batch 20': lambda: plain(small),
+             'Trainer, bf16-mixed, batch 128': lambda: trained(large),
              'plain loop, float32, batch 128': lambda: plain(large)}
     rates = {name: [] for name in sides}
     try:
@@ -71,11 +72,11 @@ def main():
         forced = 256/(time.perf_counter() - started)
     finally: torch.set_num_threads(threads)
     base, ours, same = rates.values()
-    ratio = statistics.median(b/a for a, b in zip(base, ours))
+    times = lambda them: round(statistics.median(b/a for a, b in zip(them, ours)), 2)
     figures = {f'{name}, images/s': round(statistics.median(v)) for name, v in rates.items()}
     figures |= {'bfloat16 by autocast whatever the CPU, images/s': round(forced), 'CPU has bfloat16 units': str(units),
-                'Trainer: times the plain loop of batch 20': round(ratio, 2),
-                'Trainer: times the plain loop of batch 128': round(statistics.median(b/a for a, b in zip(same, ours)), 2)}
+                'Trainer: times the plain loop of batch 20': times(base),
+                'Trainer: times the plain loop of batch 128': times(same)}
     for key, value in figures.items(): print(f'{key}: {value}', flush=True)
     return figures
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .confusion import Labels, as_labels, check_scores
+from .confusion import Labels, as_labels, verify_scores
 from .exercise import exercise, expect
 
 # %% ../nbs/04e_calibration.ipynb #ranks
@@ -22,7 +22,7 @@ def _rows(pred, target):
     "Scores as (N, K) and labels as (N,), pixels one after the other; or an error."
     if np.ndim(pred) != max(np.ndim(target), 1) + 1:
         raise ValueError(f'pred: expected scores of shape (N, K), got {np.ndim(pred)} dimensions')
-    s = check_scores(pred).cpu()
+    s = verify_scores(pred).cpu()
     if not s.shape[1]: raise ValueError('pred: expected at least one score a row, got none')
     _, target, k = as_labels(s, target)
     return s.movedim(1, -1).reshape(-1, k), torch.from_numpy(target).flatten()
@@ -57,7 +57,7 @@ def probabilities(
     logits: bool | None = None,   # which of both; None: look at each row
 ) -> Tensor:                      # (N, K) float32 or float64, rows add up to 1
     "Softmax of the rows that are logits."
-    s = check_scores(scores, 'scores')
+    s = verify_scores(scores, 'scores')
     if s.ndim != 2: raise ValueError(f'scores: expected shape (N, K), got {tuple(s.shape)}')
     slack = max(1e-3, torch.finfo(s.dtype).eps)
     s = s.float() if s.dtype.itemsize < 4 else s

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'save_checkpoint', 'CheckpointError', 'DamagedError', 'load_checkpoint', 'newest_checkpoint',
-           'check_weights', 'check_load_order', 'check_whole', 'check_plain', 'check_resume_from', 'random_state',
+           'verify_weights', 'check_load_order', 'check_whole', 'check_plain', 'check_resume_from', 'random_state',
            'run_lock', 'set_random_state']
 
 # %% ../nbs/06_checkpoint.ipynb #imports
@@ -194,7 +194,7 @@ def newest_checkpoint(
     return best
 
 # %% ../nbs/06_checkpoint.ipynb #check-weights
-def check_weights(
+def verify_weights(
     model: nn.Module,       # is only looked at
     state_dict: dict,       # name -> tensor, as model.state_dict() gives it
     path: Path | str = '',  # where it comes from, for the error's text

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Size', 'out_size', 'same_padding', 'n_params', 'conv_matrix', 'im2col', 'conv2d', 'transpose_out_size',
-           'receptive_field', 'check_conv_count', 'check_conv_size', 'check_field', 'check_lay']
+           'stacked_field', 'check_conv_count', 'check_conv_size', 'check_field', 'check_lay']
 
 # %% ../nbs/03_conv.ipynb #imports
 import math
@@ -165,7 +165,7 @@ def transpose_out_size(
                       dilation=dilation)
 
 # %% ../nbs/03_conv.ipynb #receptive-field
-def receptive_field(
+def stacked_field(
     layers: Iterable[tuple[int, ...]],  # (kernel, stride=1, padding=0, dilation=1) of each layer, in order
 ) -> tuple[int, int, int]:              # size; step from one output to the next; first pixel of output 0 (may be < 0)
     "The stretch of the image that one output sees, along one axis."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RocCurve', 'PrCurve', 'roc_curve', 'pr_curve', 'auroc', 'average_precision', 'plot_roc', 'plot_pr', 'check_rates',
-           'check_pairs', 'check_steps', 'check_rare']
+           'check_pairs', 'check_curve_steps', 'check_rare']
 
 # %% ../nbs/05b_curves.ipynb #imports
 import math
@@ -223,7 +223,7 @@ def _steps(p, r, begin=0):
 @exercise(solution=_steps,
           wrong=[(lambda p, r: _steps(p, r, .5), 'slopes'), (lambda p, r: _steps(p, r, 1), 'end of each'),
                  (lambda p, r: sum(p)/len(p), 'every point')])
-def check_steps(
+def check_curve_steps(
     answer,  # function of precision and recall (lists, recall rising) to average precision
 ):
     "Average precision as a sum of steps."

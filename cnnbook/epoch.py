@@ -20,7 +20,7 @@ from .exercise import exercise, expect
 from .feed import Feed
 from .hooks import eval_mode
 from .loop import History, SampleMeans, has_classes, label_fault
-from .resume import check_parts
+from .resume import verify_parts
 from .schedules import schedule_interval
 from .steps import halving, loss_weight, split_batch
 
@@ -48,7 +48,7 @@ class EpochLoop(Evaluator):
         self.state, self.history, self.means, self._window = LoopState(), History(), SampleMeans(), []
         self.at_boundary, self.place, self._then = True, None, None
         steps = self.max_epochs*-(-len(train)//self.accumulate_grad_batches)**(self.interval == 'step')
-        check_parts(model, valid, optimizer, scheduler, steps if self.max_steps < 0 else 0)
+        verify_parts(model, valid, optimizer, scheduler, steps if self.max_steps < 0 else 0)
 
     def step(self,
         batch: tuple,   # (x, y)

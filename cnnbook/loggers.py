@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_folder', 'file_name', 'writable_folder', 'plain_number', 'Logger', 'read_metrics', 'CSVLogger', 'smooth',
-           'ThinCurve', 'check_logged_steps', 'check_next_version', 'check_kept_rows', 'check_memory']
+           'ThinCurve', 'check_logged_steps', 'check_next_version', 'check_kept_rows', 'check_thin_memory']
 
 # %% ../nbs/06bb_loggers.ipynb #imports
 import csv
@@ -232,7 +232,7 @@ def check_kept_rows(answer: Callable):   # (rows, step of the checkpoint) -> the
 
 
 @exercise(solution=lambda w: 1/(1 - w), wrong=[(lambda w: w/(1 - w), 'today'), (lambda w: 1/w, '0.9 reaches')])
-def check_memory(answer: Callable):   # weight of the past -> steps
+def check_thin_memory(answer: Callable):   # weight of the past -> steps
     "How many steps back an average reaches: the sum of its weights, measured by that of the newest value."
     expect(abs(answer(.9) - 1/.9) > .01, 'a weight of 0.9 reaches further back than one of 0.5')
     expect(abs(answer(.9) - 9) > 1e-6, 'the value of today counts too: 1 + w + w^2 + ...')

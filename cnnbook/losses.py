@@ -15,8 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .exercise import exercise, expect
-from .losses_by_hand import bce, bce_with_logits, cross_entropy, focal, hinge  # noqa: F401 (offered from here)
-from .losses_by_hand import kl_divergence, log_softmax, log_sum_exp, nll, softmax  # noqa: F401
+from cnnbook.losses_by_hand import (  # noqa: F401 (offered from here)  # noqa: F401
+    bce,
+    bce_with_logits,
+    cross_entropy,
+    focal,
+    hinge,
+    kl_divergence,
+    log_softmax,
+    log_sum_exp,
+    nll,
+    softmax,
+)
 
 # %% ../nbs/04_losses.ipynb #explain
 _TAKES = {'CrossEntropyLoss': 'logits', 'NLLLoss': 'log-probabilities', 'BCELoss': 'probabilities',

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .confusion import Labels, check_matrix, confusion_matrix
+from .confusion import Labels, verify_matrix, confusion_matrix
 from .exercise import exercise, expect
 from .hooks import Table
 
@@ -48,7 +48,7 @@ class Confusion:
     classes: tuple[str, ...] = ()  # K names; numbers without them
 
     def __post_init__(self):
-        for name, value in zip(('matrix', 'classes'), check_matrix(self.matrix, self.classes)):
+        for name, value in zip(('matrix', 'classes'), verify_matrix(self.matrix, self.classes)):
             object.__setattr__(self, name, value)
 
     @property

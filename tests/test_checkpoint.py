@@ -23,7 +23,7 @@ import cnnbook
 from cnnbook.checkpoint import (
     CheckpointError,
     DamagedError,
-    check_weights,
+    verify_weights,
     load_checkpoint,
     newest_checkpoint,
     random_state,
@@ -381,7 +381,7 @@ def test_state_dicts_of_many_kinds_of_layer_load_strictly(tmp_path):
     other[-1].weight = other[-1].bias = nn.Parameter(torch.ones(1, 1))         # tied
     both = {'m': model.state_dict(), 'tied': other[-1].state_dict()}
     state = load_checkpoint(save_checkpoint(tmp_path/'a.ckpt', both))
-    check_weights(model, state['m'])
+    verify_weights(model, state['m'])
     make().load_state_dict(state['m'])
     assert all(torch.equal(v, state['m'][k]) for k, v in model.state_dict().items())
     assert state['tied']['weight'].data_ptr() == state['tied']['bias'].data_ptr()
@@ -510,7 +510,7 @@ def test_fault_48_weights_that_do_not_fit():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     good = {k: v.clone() for k, v in model.state_dict().items()}
     n, nan = len(good), torch.full((2,), torch.nan)
-    check_weights(model, good)
+    verify_weights(model, good)
     first = 'missing: 0.weight, 0.bias, 1.weight, ...'
     cases = [({f'module.{k}': v for k, v in good.items()}, f'got 0 of {n}; {first}; unexpected: '
               "module.0.weight, module.0.bias, module.1.weight, ...; take 'module.' off the names"),
@@ -524,8 +524,8 @@ def test_fault_48_weights_that_do_not_fit():
              (good | {'2.bias': nan, '0.bias': torch.zeros(1), 'x': nan},
               f'got {n - 2} of {n}; unexpected: x; expected shape: 0.bias (4,) got (1,); NaN: 2.bias')]
     for state, words in cases:
-        with pytest.raises(ValueError) as e: check_weights(model, state)
+        with pytest.raises(ValueError) as e: verify_weights(model, state)
         assert words in str(e.value), str(e.value)
-        with pytest.raises(ValueError, match=f'of {n} in some.ckpt; '): check_weights(model, state, 'some.ckpt')
+        with pytest.raises(ValueError, match=f'of {n} in some.ckpt; '): verify_weights(model, state, 'some.ckpt')
     assert all(torch.equal(v, good[k]) for k, v in model.state_dict().items())
-    with pytest.raises(TypeError, match='state_dict: expected dict, got NoneType'): check_weights(model, None)
+    with pytest.raises(TypeError, match='state_dict: expected dict, got NoneType'): verify_weights(model, None)

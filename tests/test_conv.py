@@ -14,8 +14,8 @@ from cnnbook.conv import (
     image_filters,
     n_params,
     out_size,
-    receptive_field,
     same_padding,
+    stacked_field,
     transpose_out_size,
 )
 
@@ -147,7 +147,7 @@ def test_matrix_and_its_transpose():
     assert conv_matrix(torch.tensor([1., 2.]), 5).shape == (4, 5)                # (N - k + 1) x N
 
 
-def test_receptive_field_is_where_the_gradient_is():
+def test_stacked_field_is_where_the_gradient_is():
     r = random.Random(3)
     for _ in range(60):
         layers = [(r.randint(1, 5), r.randint(1, 2), r.randint(0, 2), r.randint(1, 2)) for _ in range(r.randint(1, 4))]
@@ -157,7 +157,7 @@ def test_receptive_field_is_where_the_gradient_is():
         at = y.shape[2]//2
         y[0, 0, at].backward()
         seen = x.grad.flatten().nonzero().flatten()
-        size, step, first = receptive_field(layers)
+        size, step, first = stacked_field(layers)
         assert (seen[0], seen[-1]) == (first + at*step, first + at*step + size - 1), layers
 
 

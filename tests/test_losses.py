@@ -1,4 +1,4 @@
-"""What the cells do not say of `cnnbook.losses` and `cnnbook.losses_by_hand`: random rounds against torch, odd inputs."""
+"""What the cells do not say of `cnnbook.losses` and `losses_by_hand`: random rounds against torch, odd inputs."""
 from functools import partial
 
 import pytest
