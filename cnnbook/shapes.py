@@ -193,15 +193,19 @@ def check_score_map(answer: Callable):  # (side of the image, side of the window
     expect([answer(n, 224, 32) for n in (224, 255, 256, 320)] == [1, 1, 2, 4], 'the sizes are not those of the network')
 
 
+def _conv(*sizes): return nn.utils.skip_init(nn.Conv2d, *sizes)     # only shapes count: no random number is drawn
+def _line(*sizes): return nn.utils.skip_init(nn.Linear, *sizes)
+
+
 def _repaired(*wrong):
-    new = {0: nn.Conv2d(3, 8, 3), 2: nn.Conv2d(8, 16, 3), 5: nn.Linear(16*7*7, 10)} | dict(wrong)
+    new = {0: _conv(3, 8, 3), 2: _conv(8, 16, 3), 5: _line(16*7*7, 10)} | dict(wrong)
     return nn.Sequential(*[new.get(k, layer) for k, layer in enumerate([None, nn.MaxPool2d(2), None, nn.MaxPool2d(2),
                                                                         nn.Flatten(), None])])
 
 
-@exercise(solution=_repaired(), wrong=[(_repaired((5, nn.Linear(16*7, 10))), 'in_features is 112'),
-                                       (_repaired((2, nn.Conv2d(16, 16, 3))), 'it takes 16 channels, but 8'),
-                                       (_repaired((4, nn.Identity()), (5, nn.Linear(7, 10))), 'along the width')])
+@exercise(solution=_repaired(), wrong=[(_repaired((5, _line(16*7, 10))), 'in_features is 112'),
+                                       (_repaired((2, _conv(16, 16, 3))), 'it takes 16 channels, but 8'),
+                                       (_repaired((4, nn.Identity()), (5, _line(7, 10))), 'along the width')])
 def check_repair(answer: nn.Module):  # network for (3, 36, 36) and 10 classes
     "Exercise of chapter 03ac: repair a network."
     shapes = explain_shapes(answer, (3, 36, 36))
@@ -233,7 +237,7 @@ def _last(weight, x): return nn.functional.conv2d(x, weight.view(len(weight), 4,
                                   (lambda weight, x: _dense(weight.flip(1), x), 'flip'),
                                   (lambda weight, x: x.flatten(1)[:, :weight.shape[1]] @ weight.T, 'one score')])
 def check_dense_scores(answer: Callable):  # (weight (K, C*4*3), x (B, C, H, W)) -> (B, K, H - 3, W - 2)
-    "Exercise of chapter 03a: a linear layer at every place."
+    "Exercise of chapter 03ac: a linear layer at every place."
     g = torch.Generator().manual_seed(0)
     weight, x = torch.randn(5, 2*4*3, generator=g), torch.randn(2, 2, 6, 7, generator=g)
     got, right = answer(weight, x), _dense(weight, x)
