@@ -164,8 +164,8 @@ def _stop_stdout():
     with suppress(OSError, ValueError, AttributeError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def _line(e):
-    said = str(e) if isinstance(e, ValueError | OSError) else f'{type(e).__name__}: {e} (--debug shows where)'
-    return said.replace('\n', '; ')
+    said = str(e).removeprefix(f"[Errno {getattr(e, 'errno', 0)}] ").replace('\n', '; ')
+    return said if isinstance(e, ValueError | OSError) else f'{type(e).__name__}: {said} (--debug shows where)'
 
 def main(
     argv: list[str] | None = None,  # the words after the command's name; None: those of this process

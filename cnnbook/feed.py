@@ -60,45 +60,6 @@ def set_feed_state(
     set_random_state(state['random'])
     for g, s in zip(own, state['generators']): g.set_state(s.cpu())
 
-# %% ../nbs/05g_feed.ipynb #told
-def _samples(data, begun, i):
-    "Numbers of the samples of batch i: the order is drawn once more, from where the epoch began."
-    now = feed_state(data)
-    try:
-        set_feed_state(data, begun)
-        torch.empty((), dtype=torch.int64).random_(generator=data.generator)     # the seed of the workers comes first
-        batch = next(itertools.islice(data.batch_sampler or data.sampler, i, None))
-        return [int(k) for k in (batch if isinstance(batch, (list, tuple)) else [batch])]
-    except Exception: return []                                                  # no numbers: an iterable data set
-    finally: set_feed_state(data, now)
-
-
-def _culprit(data, samples):
-    "The first of the samples that cannot be read here either, as words; '' if all can."
-    for k in samples:
-        try: data.dataset[k]
-        except Exception as e: return f'sample {k}: {type(e).__name__}: {e}'
-    return ''
-
-
-def _some(numbers): return ', '.join(map(str, numbers[:8])) + ', ...'*(len(numbers) > 8) or 'unknown'
-
-
-def _told(data, name, begun, i, error):
-    "What a DataLoader's error means, with the sample."
-    text, samples = str(error), _samples(data, begun, i)
-    where = f'waiting for batch {i} (samples {_some(samples)})'
-    if 'shared memory' in text or 'shm' in text or 'Bus error' in text:
-        try: size = f'/dev/shm has {shutil.disk_usage("/dev/shm").total/2**20:.1f} MB'
-        except OSError: size = 'there is no /dev/shm'
-        return f'{name}: shared memory too small for workers ({size}): num_workers=0, or a larger --shm-size in docker'
-    if 'timed out' in text:
-        return f'{name}: a worker hangs or is too slow: {text} {where}; DataLoader(timeout=...) sets the limit'
-    if 'killed by signal' in text or 'exited unexpectedly' in text:
-        return f'{name}: a worker died, {where}: {text.splitlines()[0]}'
-    found = _culprit(data, samples) or f'one of the samples {_some(samples)}: {text.splitlines()[0]}'
-    return f'{name}: batch {i}, {found}'
-
 # %% ../nbs/05g_feed.ipynb #feed
 PATIENCE = 50    # seconds without a batch until a worker counts as hanging, where the loader sets no limit itself
 
@@ -169,6 +130,45 @@ class Feed:
     def _explain(self, error, i):
         if not isinstance(self.data, torch.utils.data.DataLoader): raise error
         raise RuntimeError(_told(self.data, self.name, self.begun, i, error)) from error
+
+# %% ../nbs/05g_feed.ipynb #told
+def _samples(data, begun, i):
+    "Numbers of the samples of batch i: the order is drawn once more, from where the epoch began."
+    now = feed_state(data)
+    try:
+        set_feed_state(data, begun)
+        torch.empty((), dtype=torch.int64).random_(generator=data.generator)     # the seed of the workers comes first
+        batch = next(itertools.islice(data.batch_sampler or data.sampler, i, None))
+        return [int(k) for k in (batch if isinstance(batch, (list, tuple)) else [batch])]
+    except Exception: return []                                                  # no numbers: an iterable data set
+    finally: set_feed_state(data, now)
+
+
+def _culprit(data, samples):
+    "The first of the samples that cannot be read here either, as words; '' if all can."
+    for k in samples:
+        try: data.dataset[k]
+        except Exception as e: return f'sample {k}: {type(e).__name__}: {e}'
+    return ''
+
+
+def _some(numbers): return ', '.join(map(str, numbers[:8])) + ', ...'*(len(numbers) > 8) or 'unknown'
+
+
+def _told(data, name, begun, i, error):
+    "What a DataLoader's error means, with the sample."
+    text, samples = str(error), _samples(data, begun, i)
+    where = f'waiting for batch {i} (samples {_some(samples)})'
+    if data.num_workers and any(s in text for s in ('shared memory', 'file </torch_', 'shm_manager', 'Bus error')):
+        try: size = f'/dev/shm has {shutil.disk_usage("/dev/shm").total/2**20:.1f} MB'
+        except OSError: size = 'there is no /dev/shm'
+        return f'{name}: shared memory too small for workers ({size}): num_workers=0, or a larger --shm-size in docker'
+    if 'timed out' in text:
+        return f'{name}: a worker hangs or is too slow: {text} {where}; DataLoader(timeout=...) sets the limit'
+    if 'killed by signal' in text or 'exited unexpectedly' in text:
+        return f'{name}: a worker died, {where}: {text.splitlines()[0]}'
+    found = _culprit(data, samples) or f'one of the samples {_some(samples)}: {text.splitlines()[0]}'
+    return f'{name}: batch {i}, {found}'
 
 # %% ../nbs/05g_feed.ipynb #checks
 @exercise(solution=lambda step, n, size: divmod(step, -(-n//size)),

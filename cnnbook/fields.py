@@ -57,7 +57,8 @@ def _slide(call, map_size):
         if [a*o for a, o in zip(k, call.given[2:])] == list(call.taken[2:]): return [(a, a, 0) for a in k]
     if isinstance(m, nn.Linear) and len(call.taken) == 2: return [(h, 1, 0), (w, 1, 0)]
     norms = nn.modules.batchnorm._BatchNorm, nn.LocalResponseNorm, nn.Dropout2d, nn.Flatten, nn.Softmax, nn.LogSoftmax
-    if isinstance(m, (*PER_VALUE, *norms)): return [(1, 1, 0)]*2
+    across = len(call.taken) == 4 and getattr(m, 'dim', 1) != 1     # a softmax along a row or a column of the map
+    if isinstance(m, (*PER_VALUE, *norms)) and not across: return [(1, 1, 0)]*2
     raise ValueError(f'model: expected layers whose windows are known, got {call}: use pixels_seen')
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .exercise import exercise, expect
-from cnnbook.losses_by_hand import (  # noqa: F401 (offered from here)  # noqa: F401
+from cnnbook.losses_by_hand import (  # noqa: F401 (offered from here)
     bce,
     bce_with_logits,
     cross_entropy,

@@ -99,9 +99,9 @@ def cross_entropy(
     return _reduce(values, (w[labels]*counted).sum(), reduction)
 
 # %% ../nbs/03e_losses_by_hand.ipynb #bce
-def _same(x, target):
-    if not target.is_floating_point(): raise TypeError(f'target: expected floats in 0..1, got {target.dtype}')
-    if target.shape != x.shape: raise ValueError(f'target: expected shape {tuple(x.shape)}, got {tuple(target.shape)}')
+def _same(x, target, name='target'):
+    if not target.is_floating_point(): raise TypeError(f'{name}: expected floats in 0..1, got {target.dtype}')
+    if target.shape != x.shape: raise ValueError(f'{name}: expected shape {tuple(x.shape)}, got {tuple(target.shape)}')
 
 
 class _BCE(torch.autograd.Function):  # a gradient of its own: at p = 0 or 1 that of the logarithms is no number
@@ -175,7 +175,7 @@ def kl_divergence(
     p: Tensor,      # probabilities that are the truth, the same shape
 ) -> Tensor:        # ()
     "Sum of p*log(p/q), divided by the batch; a mean over no sample is 0."
-    _same(log_q, p)
+    _same(log_q, p, 'p')
     values = (torch.xlogy(p, p) - p*log_q).where(p > 0, 0)
     return _reduce(values, torch.tensor(len(log_q)), 'mean')
 

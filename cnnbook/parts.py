@@ -26,6 +26,7 @@ from .schema import near
 def call_named(
     make: Callable,   # a class or a function
     where: str,       # the place in the file, for errors
+    /,                # so a file may use these two words for settings of its own
     *args: object,
     **named: object,
 ) -> object:
@@ -60,6 +61,7 @@ def make_layers(
         if name not in LAYERS:
             raise ValueError(f'{where}[{i}]: expected a layer of {", ".join(LAYERS)}, got {name}{near(name, LAYERS)}')
         args = [num_classes if a == 'num_classes' else a for a in args]
+        named = {k: num_classes if a == 'num_classes' else a for k, a in named.items()}
         made.append(call_named(getattr(nn, name), f'{where}[{i}]', *args, **named))
     return nn.Sequential(*made)
 
@@ -164,7 +166,7 @@ def make_named(
     made = []
     for i, entry in enumerate(entries):
         name = entry.get('name') if isinstance(entry, dict) else None
-        if name is None:
+        if not isinstance(name, str):
             such = f'an object such as {{"name": "{next(iter(kinds))}"}}'
             raise ValueError(f'{where}[{i}]: expected {such}, got {entry!r:.60}')
         if name not in kinds:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .confusion import Labels, verify_matrix, confusion_matrix
+from .confusion import Labels, confusion_matrix, verify_matrix
 from .exercise import exercise, expect
 from .hooks import Table
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from .checkpoint import CheckpointError, DamagedError, verify_weights, load_checkpoint, newest_checkpoint
+from .checkpoint import CheckpointError, DamagedError, load_checkpoint, newest_checkpoint, verify_weights
 from .exercise import exercise, expect
 
 # %% ../nbs/06ab_resume.ipynb #stops

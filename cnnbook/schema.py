@@ -28,16 +28,14 @@ def near(word: object, words: Iterable[str]) -> str:
 
 
 def _once(pairs):
-    keys = [key for key, _ in pairs]
-    for key in keys:
+    for key in (keys := [key for key, _ in pairs]):
         if keys.count(key) > 1: raise ValueError(f'{key}: expected once in its section, got {keys.count(key)} times')
     return dict(pairs)
 
 
 def read_json(path: Path | str) -> dict:
     "The object in a JSON file; a ValueError says in which line and column it is broken."
-    path = Path(path)
-    try: text = path.read_bytes().decode('utf-8-sig')
+    try: text = (path := Path(path)).read_bytes().decode('utf-8-sig')
     except FileNotFoundError:
         others = [p.name for p in path.parent.glob('*') if p.is_file()]
         raise FileNotFoundError(f'{path}: expected a file, got none{near(path.name, others)}') from None
@@ -69,8 +67,7 @@ class Rule:
 
 def shown(value: object) -> str:
     "A value as JSON writes it, cut at 60 characters."
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + '...'
+    return text if len(text := json.dumps(value, default=repr)) <= 60 else text[:57] + '...'
 
 
 def setting(
@@ -105,9 +102,13 @@ def text(default: str | None, *, none=False) -> Field:
     "Some words."
     return setting(default, Rule('text in quotes', lambda v: isinstance(v, str) and v != ''), none)
 
+def _finite(v):
+    if isinstance(v, (list, dict)): return all(map(_finite, v.values() if isinstance(v, dict) else v))
+    return type(v) is not float or math.isfinite(v)
+def _inside(words, kind): return Rule(f'{words} without NaN', lambda v: isinstance(v, kind) and _finite(v))
 def flag(default: bool) -> Field: return setting(default, Rule('true or false', lambda v: isinstance(v, bool)))
-def listing(default: list) -> Field: return setting(default, Rule('a list [...]', lambda v: isinstance(v, list)))
-def mapping(default: dict) -> Field: return setting(default, Rule('an object {...}', lambda v: isinstance(v, dict)))
+def listing(default: list) -> Field: return setting(default, _inside('a list [...]', list))
+def mapping(default: dict) -> Field: return setting(default, _inside('an object {...}', dict))
 
 # %% ../nbs/07a_schema.ipynb #settings
 @dataclass(frozen=True, repr=False)

@@ -113,7 +113,7 @@ class Precision:
 
     def inputs(self, t: Tensor) -> Tensor:   # (B, ...)
         "The tensor on the device, in the numbers and the layout; whole numbers stay whole."
-        t = t.to(self.device, self.dtype if t.is_floating_point() else None, non_blocking=True)
+        t = t.to(self.device, self.dtype if t.is_floating_point() else None, non_blocking=self.device.type == 'cuda')
         return t.contiguous(memory_format=torch.channels_last) if self.channels_last and t.ndim == 4 else t
 
     def autocast(self):   # a context for the forward pass and the loss

@@ -23,13 +23,13 @@ import cnnbook
 from cnnbook.checkpoint import (
     CheckpointError,
     DamagedError,
-    verify_weights,
     load_checkpoint,
     newest_checkpoint,
     random_state,
     run_lock,
     save_checkpoint,
     set_random_state,
+    verify_weights,
 )
 from cnnbook.disk import PART
 
