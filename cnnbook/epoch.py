@@ -47,7 +47,7 @@ class EpochLoop(Evaluator):
         self.num_training_batches, self.num_val_batches = len(train), 0 if valid is None else len(valid)
         self.state, self.history, self.means, self._window = LoopState(), History(), SampleMeans(), []
         self.at_boundary, self.place, self._then = True, None, None
-        steps = self.max_epochs*-(-len(train)//self.accumulate_grad_batches)**(self.interval == 'step')
+        steps = self.max_epochs*(-(-len(train)//self.accumulate_grad_batches) if self.interval == 'step' else 1)
         verify_parts(model, valid, optimizer, scheduler, steps if self.max_steps < 0 else 0)
 
     def step(self,
@@ -93,13 +93,14 @@ class EpochLoop(Evaluator):
         for a, b in split_batch(x, y, parts) if parts > 1 else [(x, y)]:
             pred = self._train_pred(a)
             value = self._loss(self.loss, pred, b)
+            part = loss_weight(self.loss, b)/(whole or 1.) if parts > 1 else 1.
+            if whole and not part: value = 0*pred.sum()      # no label of this part counts: its mean is 0/0
             if self.terminate_on_nan: self._check_loss(value, a, pred, b)
             if clear:
                 self._call('on_before_zero_grad', optimizer)
                 optimizer.zero_grad()
                 clear = False
             self._call('on_before_backward', value)
-            part = loss_weight(self.loss, b)/whole if parts > 1 else 1.
             self.numbers.backward(value if part*share == 1 else value*(part*share))
             self._call('on_after_backward')
             preds.append(pred.detach())

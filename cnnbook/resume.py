@@ -35,8 +35,9 @@ class Stops:
                 if signal.getsignal(number) == plain: self.old[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for number, was in self.old.items(): signal.signal(number, was)
+        if kind is None: self.check()                                   # it came after the last safe moment
 
     def _note(self, number, frame):
         if os.getpid() != self.pid:                                     # a forked worker: as if we were not here

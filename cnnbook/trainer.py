@@ -88,10 +88,10 @@ class Trainer(EpochLoop):
             raise ValueError('max_epochs: expected a number, or max_steps, got neither')
         self.max_epochs = -1 if max_epochs is None else _whole('max_epochs', max_epochs, 1)
         self.max_steps = _whole('max_steps', max_steps, -1)
-        if self.fast_dev_run: self.max_epochs, self.max_steps = 1, self.fast_dev_run
         self.loggers = [] if logger is None or fast_dev_run else logger if isinstance(logger, list) else [logger]
         self.accumulate_grad_batches = _whole('accumulate_grad_batches', accumulate_grad_batches, 1)
         self.check_val_every_n_epoch = _whole('check_val_every_n_epoch', check_val_every_n_epoch, 1)
+        if self.fast_dev_run: self.max_epochs, self.max_steps, self.check_val_every_n_epoch = 1, self.fast_dev_run, 1
         self.log_every_n_steps = _whole('log_every_n_steps', log_every_n_steps, 1)
         if gradient_clip_val is not None and not 0 < gradient_clip_val < math.inf:
             raise ValueError(f'gradient_clip_val: expected a number above 0, got {gradient_clip_val!r}')
