@@ -159,9 +159,9 @@ def _tree():
     return top
 
 # %% ../nbs/33_cli.ipynb #main
-def _stop_stdout():
-    "Send what is still to be written to nowhere, or Python's last flush would complain once more."
-    with suppress(OSError, ValueError, AttributeError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _stop(stream):
+    "Send what is still to be written there to nowhere, or Python's last flush would complain once more."
+    with suppress(OSError, ValueError, AttributeError): os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 def _line(e):
     said = str(e).removeprefix(f"[Errno {getattr(e, 'errno', 0)}] ").replace('\n', '; ')
@@ -181,13 +181,14 @@ def main(
     except SystemExit as e: return e.code or 0  # --help and --version end so
     except KeyboardInterrupt: code, said = 130, 'interrupted'
     except BrokenPipeError:
-        _stop_stdout()
+        _stop(sys.stdout)
         return 141
     except Exception as e:
         if words != argv: raise
-        if getattr(e, 'errno', None) == errno.ENOSPC: _stop_stdout()
+        if getattr(e, 'errno', None) == errno.ENOSPC: _stop(sys.stdout)
         code, said = 2, _line(e)
-    with suppress(OSError): print(f'cnnbook: {said}', file=sys.stderr)
+    try: print(f'cnnbook: {said}', file=sys.stderr)
+    except OSError: _stop(sys.stderr)
     return code
 
 # %% ../nbs/33_cli.ipynb #checks
