@@ -80,7 +80,7 @@ class EpochLoop(Evaluator):
             tries.append(parts)
             clear = len(again) == len(self._window)
             for x, y, weight in again:
-                out, clear = self._backward(x, y, weight/self._window[0][2], parts, optimizer, clear), False
+                out, clear = self._backward(x, y, weight/(self._window[0][2] or 1.), parts, optimizer, clear), False
             return out
 
         out, used = halving(run, len(batch[0]), min(self.state.parts, len(batch[0])))
@@ -116,8 +116,8 @@ class EpochLoop(Evaluator):
 
     def _take(self, optimizer):
         params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-        total = sum(w for *_, w in self._window)/self._window[0][2]
-        if total != 1 and getattr(self.loss, 'reduction', 'mean') != 'sum':
+        total = sum(w for *_, w in self._window)/(self._window[0][2] or 1.)
+        if total not in (0, 1) and getattr(self.loss, 'reduction', 'mean') != 'sum':
             torch._foreach_div_([p.grad for p in params], total)
         self._window = []
         self.numbers.unscale(optimizer)
