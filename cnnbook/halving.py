@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from .device import seed_everything
 from .exercise import exercise, expect
 from .loggers import plain_number
+from .results import SearchResult, Trial
 from .search import Stopped
 from .space import sample, verify_space
 from .trace import keep_rng
-from .results import SearchResult, Trial
 
 # %% ../nbs/12b_halving.ipynb #plan
 def halving_plan(

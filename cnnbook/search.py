@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from .device import seed_everything
 from .exercise import exercise, expect
 from .loggers import plain_number
+from .results import SearchResult, Trial, edges
 from .resume import Stops
 from .space import sample, verify_space
 from .state import run_lock
 from .trace import keep_rng
-from .results import SearchResult, Trial, edges
 
 # %% ../nbs/12_search.ipynb #report
 class Stopped(Exception): "This trial is over. `Report` raises it; a training function lets it pass."

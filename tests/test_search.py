@@ -17,11 +17,11 @@ from torch import nn
 
 from cnnbook.events import Callback
 from cnnbook.halving import halving_plan, plan_cost, successive_halving
+from cnnbook.results import SearchResult, Trial, edges, narrow, parallel_coordinates
 from cnnbook.search import TrialFile, search
 from cnnbook.space import Choice, Integers, LogUniform, Uniform, grid, sample
 from cnnbook.state import run_lock
 from cnnbook.trainer import Trainer
-from cnnbook.results import SearchResult, Trial, edges, narrow, parallel_coordinates
 
 pytestmark = pytest.mark.filterwarnings('ignore:search. .*outer 10%')     # few trials often end at an edge
 SPACE = {'x': LogUniform(1e-4, 1.), 'n': Integers(1, 40, log=True), 'kind': Choice(['a', 'b', None, True])}
