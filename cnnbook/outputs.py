@@ -67,6 +67,16 @@ def _takes(e, output):
     return []
 
 
+_BY_VALUE = nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss
+
+
+def _stretched(output, y, loss):
+    "A row of targets against a column of outputs: every pair is compared, and PyTorch only warns."
+    if not isinstance(loss, _BY_VALUE) or output.shape == y.shape: return []
+    saw = f'targets {tuple(y.shape)} against outputs {tuple(output.shape)}: {type(loss).__name__} stretches them'
+    return [Finding('output', 'fail', saw, 'target does not fit the loss', f'y.view{tuple(output.shape)}')]
+
+
 def output_and_loss(
     output: object,     # what the model gave (B, K, ...)
     y: Tensor,          # the targets of the same samples
@@ -79,7 +89,7 @@ def output_and_loss(
     if not output.isfinite().all():
         return [Finding('output', 'fail', 'NaN or infinity from finite weights and inputs', 'NaN in the output',
                         'look for log(0), 0/0, overflow: torch.autograd.set_detect_anomaly')]
-    found = _class_count(output, y, loss, num_seen)
+    found = _stretched(output, y, loss) + _class_count(output, y, loss, num_seen)
     if any(f.status == 'fail' for f in found): return found
     e = _explained(loss, output, y)
     found += _takes(e, output) if e else []

@@ -264,6 +264,13 @@ def logits_to_nll(net): return sound(net) | {'loss': nn.NLLLoss()}
 def log_softmax_twice(net): return around(net, after=lambda o: o.log_softmax(1))          # H3, harmless: a warning
 
 
+@plant('target does not fit the loss')
+def row_against_column(net):
+    x, y = STANDARD(TRAIN.x[:640].float()/255), TRAIN.y[:640].float()
+    args = sound(net, 1)
+    return args | {'data': list(zip(x.split(64), y.split(64))), 'loss': nn.MSELoss()}
+
+
 @plant('ReLU before the loss')
 def relu_at_the_end(net): return around(net, after=F.relu)                                # H2
 
