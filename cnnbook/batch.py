@@ -28,8 +28,13 @@ def sample_gradients(
     y: Tensor,          # (N, ...)
 ) -> Tensor:            # (N, P)
     "The gradient of each sample on its own, as a row."
+    if len(x) != len(y): raise ValueError(f'y: expected {len(x)} labels, got {len(y)}')
+    for name, m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
+            raise ValueError(f'model: expected batch norm in evaluation mode, got {name!r} in training mode')
     weights = [p for p in model.parameters() if p.requires_grad]
-    row = lambda a, b: torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(a), b), weights)])
+    slopes = lambda value: torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)   # unused: 0
+    row = lambda a, b: torch.cat([g.flatten() for g in slopes(loss(model(a), b))])
     return torch.stack([row(a, b) for a, b in zip(x.split(1), y.split(1))])
 
 
@@ -42,8 +47,9 @@ def batch_gradients(
 ) -> Tensor:                   # (D, P)
     "The gradients of random batches."
     n, g = len(samples), torch.Generator().manual_seed(seed)
-    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1 or size > n and not replacement:
-        raise ValueError(f'size: expected a whole number from 1 to {n}, got {size!r}')
+    most = '' if replacement else f' to {n}'
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1 or most and size > n:
+        raise ValueError(f'size: expected a whole number from 1{most}, got {size!r}')
     if replacement: index = torch.randint(n, (draws, size), generator=g)
     else: index = torch.rand(draws, n, generator=g).argsort(1)[:, :size]             # (D, B)
     share = torch.zeros(draws, n).scatter_add_(1, index, torch.ones(draws, size))/size
@@ -57,7 +63,8 @@ class NoiseScale:
     noise: float    # tr(Sigma)
 
     @property
-    def scale(self) -> float: return self.noise/self.signal if self.signal > 0 else math.inf   # in samples
+    def scale(self) -> float:   # in samples; an estimate below 0 counts as 0
+        return math.inf if self.signal <= 0 else max(0., self.noise)/self.signal
 
     def __repr__(self):
         return f'noise scale {self.scale:.0f} samples (|g|^2 {self.signal:.3g}, variance of a sample {self.noise:.3g})'

@@ -24,7 +24,8 @@ def held_parameters(
 ) -> Table:              # a row for each of: moves, frozen, left out, strangers
     "Which parameters an optimizer moves; which are frozen, which it was never given, which are not the model's."
     groups = getattr(optimizer, 'param_groups', None)
-    held = [p for g in groups for p in g['params']] if groups is not None else optimizer.params
+    held = [p for g in groups for p in g['params']] if groups is not None else getattr(optimizer, 'params', None)
+    if held is None: raise TypeError(f'optimizer: expected an optimizer, got {type(optimizer).__name__}')
     ids, names = {id(p) for p in held}, {id(p): name for name, p in model.named_parameters()}
     kinds = {'moves': [p for p in held if id(p) in names and p.requires_grad],
              'frozen': [p for p in held if id(p) in names and not p.requires_grad],
@@ -35,7 +36,7 @@ def held_parameters(
     return Table(('parameters', 'tensors', 'numbers', 'first'), tuple(rows))
 
 # %% ../nbs/08a_held.ipynb #norm-decay
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def decay_groups(
@@ -45,7 +46,8 @@ def decay_groups(
     "Weights with decay; biases, norms and other single rows of numbers without; frozen parameters not at all."
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, Real):
         raise TypeError(f'weight_decay: expected a number, got {weight_decay!r}')
-    if not weight_decay >= 0: raise ValueError(f'weight_decay: expected a number from 0, got {weight_decay}')
+    if not 0 <= weight_decay < float('inf'):
+        raise ValueError(f'weight_decay: expected a finite number from 0 on, got {weight_decay}')
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
     learns = [p for p in model.parameters() if p.requires_grad]
     bare = lambda p: p.ndim < 2 or id(p) in norms

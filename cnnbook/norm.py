@@ -36,8 +36,8 @@ class BatchNorm(nn.Module):
     def forward(self, x):   # (B, C, ...) -> the same shape
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f'x: expected shape (B, {self.num_features}, ...), got {tuple(x.shape)}')
-        mean, var = self._batch(x) if self.training else (self.running_mean, self.running_var)
-        return scale_shift((x - _channels(mean, x))/_channels(var + self.eps, x).sqrt(), self.weight, self.bias)
+        mean, var = self._batch(_wide(x)) if self.training else (self.running_mean, self.running_var)
+        return _apply(self, x, mean, var)
 
     def _batch(self, x):
         dims, n = [0, *range(2, x.ndim)], x.numel()//self.num_features
@@ -46,8 +46,8 @@ class BatchNorm(nn.Module):
         with torch.no_grad():                                            # what is remembered has no graph
             self.num_batches_tracked += 1
             weight = 1/self.num_batches_tracked.item() if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, weight)                        # (1 - weight)*running + weight*new
-            self.running_var.lerp_(var*n/(n - 1), weight)                # Bessel's correction
+            self.running_mean.lerp_(mean.to(self.running_mean), weight)            # (1 - weight)*running + weight*new
+            self.running_var.lerp_((var*n/(n - 1)).to(self.running_var), weight)   # Bessel's correction
         return mean, var
 
     def extra_repr(self): return f'{self.num_features}, eps={self.eps}, momentum={self.momentum}'
@@ -64,6 +64,14 @@ def scale_shift(
 
 
 def _channels(v, x): return v.view(1, -1, *[1]*(x.ndim - 2))   # (C,) -> (1, C, 1, ...)
+def _wide(x):   # at least float32: in float16 squares above 65504 are infinite
+    if not x.is_floating_point(): raise TypeError(f'x: expected floating numbers, got {x.dtype}')
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _apply(norm, x, mean, var):   # (B, C, ...) -> the same shape and dtype
+    y = (_wide(x) - _channels(mean, x))/_channels(_wide(var) + norm.eps, x).sqrt()
+    return scale_shift(y, norm.weight, norm.bias).to(x.dtype)
 
 # %% ../nbs/09b_norm.ipynb #freeze
 KINDS = (nn.modules.batchnorm._BatchNorm, BatchNorm)
@@ -81,10 +89,7 @@ class FrozenNorm(nn.Module):
             self.register_parameter(name, p)
         for name, t in norm.named_buffers(): self.register_buffer(name, t)   # the same three, under the same names
 
-    def forward(self, x):   # (B, C, ...) -> the same shape
-        x = (x - _channels(self.running_mean, x))/_channels(self.running_var + self.eps, x).sqrt()
-        return scale_shift(x, self.weight, self.bias)
-
+    def forward(self, x): return _apply(self, x, self.running_mean, self.running_var)   # (B, C, ...) -> the same shape
     def extra_repr(self): return f'{len(self.running_mean)}, eps={self.eps}'
 
 
@@ -98,8 +103,7 @@ def freeze_norm(
         if m in norms and m.running_mean is None: raise ValueError(f'{name}: expected running statistics, got none')
     frozen = {m: m if isinstance(m, FrozenNorm) else FrozenNorm(m) for m in norms}   # a shared layer stays shared
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in frozen: setattr(parent, name, frozen[child])
+        for name, child in list(parent._modules.items()): setattr(parent, name, frozen.get(child, child))
     return frozen.get(model, model)
 
 # %% ../nbs/09b_norm.ipynb #relatives
@@ -109,7 +113,8 @@ def normalize(
     eps: float = 1e-5,      # added to the variance
 ) -> Tensor:                # as x
     "Mean 0 and variance 1 over some axes."
-    return (x - x.mean(dims, keepdim=True))/(x.var(dims, correction=0, keepdim=True) + eps).sqrt()
+    centred = _wide(x) - _wide(x).mean(dims, keepdim=True)
+    return (centred/(centred.square().mean(dims, keepdim=True) + eps).sqrt()).to(x.dtype)
 
 
 def layer_norm(
@@ -123,8 +128,7 @@ def layer_norm(
     if not len(shape) or tuple(x.shape[-len(shape):]) != tuple(shape):
         raise ValueError(f'x: expected a shape that ends with {tuple(shape)}, got {tuple(x.shape)}')
     x = normalize(x, tuple(range(-len(shape), 0)), eps)
-    x = x if weight is None else x*weight
-    return x if bias is None else x + bias
+    return (x if weight is None else x*weight) + (0 if bias is None else bias)
 
 
 def group_norm(
@@ -144,8 +148,8 @@ def fold_norm(
     norm: nn.Module,    # the batch norm right behind it
 ) -> nn.Module:         # one layer that gives what both give in evaluation mode
     "Fold a batch norm into the layer before it."
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    if not isinstance(layer, kinds): raise TypeError(f'layer: expected Linear or Conv, got {type(layer).__name__}')
+    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or 'weight' not in layer._parameters:
+        raise TypeError(f'layer: expected a plain Linear or Conv, got {type(layer).__name__}')
     if not isinstance(norm, (*KINDS, FrozenNorm)):
         raise TypeError(f'norm: expected batch norm, got {type(norm).__name__}')
     if norm.running_mean is None: raise ValueError('norm: expected running statistics, got none')
@@ -153,11 +157,11 @@ def fold_norm(
         raise ValueError(f'norm: expected {len(layer.weight)} channels, got {len(norm.running_mean)}')
     with torch.no_grad():
         scale = (norm.running_var + norm.eps).rsqrt()*(1 if norm.weight is None else norm.weight)      # (C,)
-        old = 0 if layer.bias is None else layer.bias
-        bias = (old - norm.running_mean)*scale + (0 if norm.bias is None else norm.bias)
+        old, shift = (0 if part.bias is None else part.bias for part in (layer, norm))
+        bias = (old - norm.running_mean)*scale + shift
         folded = deepcopy(layer)
         folded.weight.mul_(scale.view(-1, *[1]*(layer.weight.ndim - 1)))
-        folded.bias = nn.Parameter(bias)
+        folded.bias = nn.Parameter(bias.to(layer.weight.dtype))
     return folded
 
 # %% ../nbs/09b_norm.ipynb #checks

@@ -35,10 +35,12 @@ class ByHand:
         lr: float = .01,            # the rate; may be set anew between steps
         weight_decay: float = 0.,   # pull towards zero
     ):
+        if isinstance(params, Tensor): raise TypeError('params: expected a list of tensors, got a tensor')
         self.params = list(params)
         if not self.params: raise ValueError('params: expected at least one tensor, got none')
         for p in self.params:
             if not isinstance(p, Tensor): raise TypeError(f'params: expected tensors, got {type(p).__name__}')
+            if not p.is_leaf: raise ValueError('params: expected leaves, got the result of a computation')
         self.memory = [{} for _ in self.params]
         self.lr, self.weight_decay = _number('lr', lr), _number('weight_decay', weight_decay)
 
@@ -57,9 +59,8 @@ class ByHand:
         "Move every parameter that has a gradient."
         for p, memory in zip(self.params, self.memory):
             if p.grad is None: continue
-            g = p.grad
+            g = p.grad if self.decoupled else p.grad + self.weight_decay*p
             if self.decoupled: p *= 1 - self.lr*self.weight_decay
-            else: g = g + self.weight_decay*p
             p -= self.lr*self.direction(g, memory)
 
 
@@ -96,7 +97,7 @@ class Surface:
 SURFACES = {
     'bowl': Surface(lambda p: (p[..., 0]**2 + 25*p[..., 1]**2)/2, (-8., 1.5), (0., 0.), (-9., 3., -2.5, 2.5)),
     'saddle': Surface(lambda p: (p[..., 0]**2 - p[..., 1]**2)/2 + p[..., 1]**4/4, (-1.8, .01), (0., 1.),
-                      (-2., 1., -.6, 1.6)),
+                      (-2., 1.8, -.6, 1.6)),
     'valley': Surface(lambda p: (1 - p[..., 0])**2 + 10*(p[..., 1] - p[..., 0]**2)**2, (-1.2, 1.), (1., 1.),
                       (-1.8, 1.8, -.6, 2.2))}
 
@@ -146,6 +147,7 @@ class Adam(ByHand):
         correct: bool = True,   # False leaves out the bias correction, to see what it is for
     ):
         super().__init__(params, lr, weight_decay)
+        if not isinstance(betas, tuple | list) or len(betas) != 2: raise ValueError(f'betas: expected two, got {betas}')
         self.betas, self.eps = tuple(_number('betas', b, 1) for b in betas), _number('eps', eps)
         self.correct = correct
 
@@ -187,10 +189,10 @@ def draw_paths(
     z = surface.f(torch.stack((x, y), -1))                                # (80, 80)
     ax.contour(x, y, (z - z.min()).sqrt(), levels=12, colors='#bbbbbb', linewidths=.6)
     colours = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'
-    for (name, path), colour, style in zip(paths.items(), colours, ('-', '--', '-.', ':', '-', '--')):
+    for (name, path), colour, style in zip(paths.items(), colours*len(paths), ('-', '--', '-.', ':')*len(paths)):
         gone = (path.abs() > 100).any(1) | path.isnan().any(1)
         end = int(gone.nonzero()[0]) if gone.any() else len(path)
-        ax.plot(*path[:end].T, style, color=colour, linewidth=1.4, label=name)
+        ax.plot(*path[:end].detach().cpu().T, style, color=colour, linewidth=1.4, label=name)
     ax.plot(*surface.start, 'o', color='black', markersize=4)
     ax.plot(*surface.goal, '*', color='black', markersize=9)
     ax.set(xlim=(left, right), ylim=(bottom, top))

@@ -76,3 +76,20 @@ def test_batches_without_replacement_hold_no_sample_twice():
         assert ((got > 0).sum(1) == size).all() and torch.allclose(got.max(), torch.tensor(1/size, dtype=got.dtype))
     twice = batch_gradients(rows, 9, 50)
     assert (twice.max(1).values > 1.5/9).all() and exact_noise(rows).noise == pytest.approx(8/9)
+
+
+def test_a_parameter_without_influence_has_a_gradient_of_zero():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(2, 3), nn.Linear(2, 3)
+        def forward(self, x): return self.used(x)
+    rows = sample_gradients(Idle(), nn.CrossEntropyLoss(), torch.ones(4, 2), torch.arange(4) % 3)
+    assert rows.shape == (4, 18) and rows[:, :9].any() and not rows[:, 9:].any()
+
+
+def test_a_refused_batch_norm_notes_nothing():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="got '1' in training mode"):
+        sample_gradients(net, nn.CrossEntropyLoss(), torch.randn(2, 1, 4, 4), torch.zeros(2, dtype=torch.long))
+    assert net[1].num_batches_tracked == 0

@@ -129,3 +129,20 @@ def test_a_transposed_convolution_is_refused():       # its channels out are axi
 @pytest.mark.parametrize('check', CHECKS, ids=lambda c: c.__name__)
 def test_checks_stay_calm_with_odd_answers(check):
     for odd in (3, 'text', lambda *_: None, lambda *_: torch.zeros(7)): assert not check.judge(odd)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_beside_float32_statistics_keeps_its_dtype(dtype):
+    "What autocast does: activations in half precision, the layer's own numbers in float32."
+    torch.manual_seed(0)
+    x = (3*torch.randn(16, 4, 3, 3) + 1).to(dtype)
+    ours, theirs = N.BatchNorm(4), nn.BatchNorm2d(4)
+    for mode in (True, False):
+        out = ours.train(mode)(x)
+        assert out.dtype == dtype and ours.running_var.dtype == torch.float32
+        torch.testing.assert_close(out, theirs.train(mode)(x), rtol=.02, atol=.02)
+    frozen = N.FrozenNorm(theirs)
+    assert frozen(x).dtype == dtype and N.group_norm(x, 2).dtype == dtype
+    layer = nn.Conv2d(3, 4, 1, bias=False).to(dtype)
+    folded = N.fold_norm(layer, frozen)
+    assert folded.bias.dtype == folded.weight.dtype == dtype

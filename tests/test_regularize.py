@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cnnbook import regularize as R
+from cnnbook.held import decay_groups
 from cnnbook.trace import no_trace
 
 CHECKS = [R.check_l2_gradient, R.check_inverted, R.check_decayed, R.check_dropped_variance, R.check_mean_over_masks]
@@ -82,7 +83,7 @@ def test_groups_decay_as_the_penalty_on_the_same_parameters(momentum, nesterov):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)).double()
         x, y = torch.randn(16, 1, 4, 4).double(), torch.arange(16) % 2
-        groups = R.decay_groups(net, 0. if by_penalty else .1)
+        groups = decay_groups(net, 0. if by_penalty else .1)
         optimizer = torch.optim.SGD(groups, .1, momentum=momentum, nesterov=nesterov)
         for _ in range(10):
             loss = F.cross_entropy(net(x), y) + (R.l2_penalty(groups[0]['params'], .1) if by_penalty else 0)
@@ -96,11 +97,17 @@ def test_groups_decay_as_the_penalty_on_the_same_parameters(momentum, nesterov):
 def test_a_shared_weight_is_in_one_group_once():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
-    assert [len(g['params']) for g in R.decay_groups(net, .1)] == [1, 2]
-    torch.optim.SGD(R.decay_groups(net, .1), .1)                                 # refuses a parameter that comes twice
-    assert [len(g['params']) for g in R.decay_groups(nn.LayerNorm(4), .1)] == [2]   # no empty group
+    assert [len(g['params']) for g in decay_groups(net, .1)] == [1, 2]
+    torch.optim.SGD(decay_groups(net, .1), .1)                                 # refuses a parameter that comes twice
+    assert [len(g['params']) for g in decay_groups(nn.LayerNorm(4), .1)] == [2]   # no empty group
 
 
 @pytest.mark.parametrize('check', CHECKS, ids=lambda c: c.__name__)
 def test_checks_stay_calm_with_odd_answers(check):
     for odd in (3, 'text', lambda *_: None, lambda *_: torch.zeros(7)): assert not check.judge(odd)
+
+
+@pytest.mark.parametrize('p', [-.1, 1., 1.5])
+def test_a_given_mask_does_not_let_a_bad_probability_through(p):
+    for training in (True, False):
+        with pytest.raises(ValueError, match='p: expected'): R.dropout(torch.ones(3), p, training, torch.ones(3))
