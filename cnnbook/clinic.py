@@ -24,12 +24,12 @@ from .trace import keep_rng
 # %% ../nbs/11b_clinic.ipynb #blobs
 def blobs(
     n: int = 120,      # points
-    classes: int = 3,  # clouds, one a class, at most `width`
+    classes: int = 3,  # clouds, one a class, 1 to `width`
     seed: int = 0,     # of the points; the clouds stay where they are
     width: int = 8,    # numbers a point
 ) -> tuple[Tensor, Tensor]:  # x (N, width), y (N,) int64
     "Clouds of points, one a class, that are easy to tell apart; the classes take turns."
-    if classes > width: raise ValueError(f'classes: expected at most width = {width}, got {classes}')
+    if not 1 <= classes <= width: raise ValueError(f'classes: expected 1 to width = {width}, got {classes}')
     y = torch.arange(n)%classes
     return 3*F.one_hot(y, width) + torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), y
 
@@ -164,17 +164,18 @@ def _plain(*layers): return nn.Sequential(nn.Linear(8, 32), *layers)
           wrong=[(broken_dead_class, 'negative'), (lambda: _plain(nn.Linear(32, 8), nn.ReLU()), 'negative'),
                  (lambda: _plain(nn.Linear(32, 8)), 'straight'),
                  (lambda: _plain(nn.ReLU(), nn.Linear(32, 8), nn.LeakyReLU()), 'squeezed'),
-                 (lambda: _plain(nn.ReLU(), nn.Linear(32, 8), nn.Tanh()), 'bounded')])
+                 (lambda: _plain(nn.ReLU(), nn.Linear(32, 8), nn.Tanh()), 'bounded'),
+                 (lambda: _plain(nn.ReLU(), nn.Linear(32, 8), nn.ReLU6()), 'negative')])
 def check_dead_class(answer: Callable):   # () -> model
     "Case 3: scores may be negative."
     with keep_rng():
         torch.manual_seed(0)
-        model = answer().eval()
-    x = 100*blobs(64, classes=8)[0]
+        model, x = answer().eval(), blobs(64, classes=8)[0]
+        for p in model.parameters(): p.data.mul_(100)                      # so that nothing is small by chance
     o, twice, zero = model(x), model(2*x), model(torch.zeros(1, 8))
     expect(o.shape == (64, 8), f'expected eight scores a sample, got {tuple(o.shape)}')
     expect(o.min() < 0, 'no score is negative: a class cannot be argued against')
-    expect(o.abs().max() > 2, 'the scores are bounded: the loss cannot fall as low as it should')
+    expect(o.abs().max() > 20, 'the scores are bounded: the loss cannot fall as low as it should')
     expect(not _close((twice - zero)/(o - zero).abs().max(), 2*(o - zero)/(o - zero).abs().max()),
            'without an activation between them two linear layers are a straight line')
     expect(o.max() < 10*-o.min(), 'negative scores are squeezed: nothing belongs behind the last layer')

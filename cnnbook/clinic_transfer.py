@@ -104,7 +104,8 @@ class _Noted(nn.Linear):   # keeps its mode and its input in each pass
 
 
 def _on_body(modes, body, head, batches, epochs=5, freeze=True):
-    model, optimizer = nn.Sequential(body.requires_grad_(not freeze), head), torch.optim.SGD(head.parameters(), .1)
+    model = nn.Sequential(body.requires_grad_(not freeze), head)
+    optimizer = torch.optim.SGD(model.parameters(), .1)
     for x, y in [*batches]*epochs:
         modes(model, body)
         loss = F.cross_entropy(model(x), y)
@@ -119,6 +120,7 @@ def _no_buffers(model, body):   # batch statistics in place of the running ones,
 
 @exercise(solution=partial(_on_body, lambda model, body: (model.train(), body.eval())),
           wrong=[(broken_drift, 'statistics'), (partial(_on_body, _no_buffers), 'by the batch'),
+                 (partial(_on_body, lambda model, body: body.eval(), freeze=False), 'weights of the body'),
                  (partial(_on_body, lambda model, body: model.eval()), 'training mode'),
                  (lambda body, head, batches: nn.Sequential(body, head), 'learns nothing')])
 def check_drift(answer: Callable):   # (body, head, batches, epochs=5) -> model
@@ -129,9 +131,11 @@ def check_drift(answer: Callable):   # (body, head, batches, epochs=5) -> model
     body.eval()
     batches, before = [(x + 2, y) for x, y in zip(*(t.split(20) for t in blobs(60)))], body[1].running_mean.clone()
     wanted, fresh = [body(x) for x, _ in batches], head.weight.detach().clone()
+    weight = body[0].weight.detach().clone()
     answer(body, head, batches)
     seen = head.__dict__.get('seen', [])
     expect(not torch.equal(head.weight, fresh), 'the head learns nothing')
+    expect(torch.equal(body[0].weight, weight), 'the weights of the body learn: they were to be frozen')
     expect(torch.equal(body[1].running_mean, before), 'the statistics of the batch norm have moved')
     expect(all(any(torch.allclose(x, w, atol=1e-5) for w in wanted) for _, x in seen if len(x) == 20),
            'the body still normalises by the batch: the head learns on features that it will not get later')

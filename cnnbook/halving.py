@@ -26,7 +26,7 @@ def halving_plan(
     start: int = 1,    # epochs of the first rung
     factor: int = 3,   # keep one in so many, and train that much longer
 ) -> list[tuple[int, int]]:   # a rung each: (trials, epochs that each of them has had)
-    "The rungs of successive halving, down to the last trial."
+    "The rungs of successive halving, down to fewer trials than `factor`: to one, if n is a power of it."
     for name, value, least in (('n', n, 1), ('start', start, 1), ('factor', factor, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f'{name}: expected a whole number from {least} on, got {value!r}')
@@ -67,6 +67,7 @@ def successive_halving(
 ) -> SearchResult:                  # `steps` of a trial are its epochs
     "Many trials for a short time, the better ones for longer; memory holds the states of one rung."
     verify_space(space)
+    if not callable(train_some): raise TypeError(f'train_some: expected a function, got {train_some!r}')
     plan, sign, done = halving_plan(n, start, factor), 1 if mode == 'min' else -1, {}
     SearchResult(space, (), mode)                                     # refuses what is no mode
     alive, before = [(0., k, sample(space, seed, k), None) for k in range(n)], 0

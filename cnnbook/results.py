@@ -47,6 +47,9 @@ class SearchResult:
     def __post_init__(self):
         verify_space(self.space)
         if self.mode not in ('min', 'max'): raise ValueError(f"mode: expected 'min' or 'max', got {self.mode!r}")
+        for t in self.trials:
+            if any(name not in t.params for name in self.space):
+                raise ValueError(f'trials: expected params {[*self.space]}, got {[*t.params]} in trial {t.number}')
 
     @property
     def ranked(self) -> list[Trial]:
@@ -105,9 +108,9 @@ def narrow(
     margin: float = .1,   # added at each side: a share of the old range, on its scale
 ) -> dict:                # name -> range, within the old ones
     "The part of the space around the best trials."
-    best = [t for t in result.ranked if t.finished][:keep]
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise ValueError(f'keep: expected a whole number from 1 on, got {keep!r}')
+    best = [t for t in result.ranked if t.finished][:keep]
     if not best: raise ValueError('result: expected a finished trial, got none')
     if not 0 < margin < 1: raise ValueError(f'margin: expected above 0 and below 1, got {margin}')
     for text in edges(result): warnings.warn(f'narrow: {text}', stacklevel=2)
@@ -133,8 +136,9 @@ def parallel_coordinates(
         y = [result.space[n].place(t.params[n]) for n in names] + ([(t.score - low)/span] if t.finished else [])
         rank = place.get(t.number, 1.)
         style = dict(color=plt.get_cmap('viridis')(.95*rank), alpha=1. - .4*rank) if t.finished else \
-            dict(color='#555', ls='--', alpha=.25 + .75*t.steps/far)
-        ax.plot(range(len(y)), y, lw=2.2 if t.finished and not rank else .8, **style)
+            dict(color='#333', ls='--', alpha=.2 + .8*math.log1p(t.steps)/math.log1p(far))
+        width = (2.2 if not rank else .8) if t.finished else .6 + t.steps/far
+        ax.plot(range(len(y)), y, lw=width, **style)
     for i, r in enumerate(result.space.values()):
         ax.axvline(i, color='#333', lw=.8)
         marks = r.options if isinstance(r, Choice) else (r.low, r.at(.5), r.high)
@@ -188,7 +192,7 @@ def check_false_alarm(answer):   # (names, share=.1) -> chance of at least one w
 @exercise(solution='valid valid test', wrong=[('test test test', 'takes part'), ('valid valid valid', 'flatters'),
                                              ('valid test test', 'takes part'), ('train valid test', 'learnt')])
 def check_which_data(answer):   # three words, each train, valid or test
-    "Which data (1) ranks the trials, (2) stops a trial early, (3) goes into the report."
+    "Which data (1) ranks the trials, (2) compares them half way, to drop the losers, (3) goes into the report."
     words = answer.split()
     expect(len(words) == 3 and set(words) <= {'train', 'valid', 'test'}, f'expected three words, got {answer!r}')
     expect('test' not in words[:2], 'test data that takes part in a choice is test data no longer')

@@ -146,6 +146,7 @@ def search(
 ) -> SearchResult:
     "Random search; trial number k is the same whenever, and however often interrupted, it is run."
     verify_space(space)
+    if not callable(train_one): raise TypeError(f'train_one: expected a function, got {train_one!r}')
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise ValueError(f'trials: expected a whole number from 1 on, got {trials!r}')
     SearchResult(space, (), mode), Report(explode)             # what they refuse is refused before the first trial
@@ -230,9 +231,9 @@ def check_safely(answer):   # f -> (f(), '') or (None, 'Kind: text') if it raise
     "Run a trial so that its error is a row."
     def pressed(): raise KeyboardInterrupt
     def hurt(): return [][1]
-    try: stopped = answer(pressed) is None
-    except KeyboardInterrupt: stopped = True
-    expect(stopped, 'Ctrl-C was swallowed: nobody can stop this search')
+    try: swallowed = answer(pressed) or True
+    except KeyboardInterrupt: swallowed = False
+    expect(not swallowed, 'Ctrl-C was swallowed: nobody can stop this search')
     try: got = answer(hurt)
     except IndexError: got = 'raised'
     expect(got != 'raised', 'an error of a trial is not the end of the search')

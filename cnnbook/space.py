@@ -92,11 +92,15 @@ class Choice:
     def __post_init__(self):
         if isinstance(self.options, str) or not isinstance(self.options, Sequence):
             raise TypeError(f'options: expected a list, got {self.options!r}')
-        bad = [o for o in self.options if not isinstance(o, (str, Real, type(None)))]
-        if bad: raise TypeError(f'options: expected words, numbers, True, False or None, got {bad[0]!r}')
-        if not self.options or len(set(self.options)) < len(self.options):
-            raise ValueError(f'options: expected at least one, each once, got {list(self.options)}')
-        object.__setattr__(self, 'options', tuple(o.item() if hasattr(o, 'item') else o for o in self.options))
+        plain = tuple(o.item() if isinstance(o, (str, Real)) and hasattr(o, 'item') else o for o in self.options)
+        for o in plain:                       # what a line of JSON can hold
+            if not isinstance(o, (str, int, float, type(None))):
+                raise TypeError(f'options: expected words, numbers, True, False or None, got {o!r}')
+            if isinstance(o, float) and not math.isfinite(o):
+                raise ValueError(f'options: expected finite numbers, got {o}; None can stand for no limit')
+        if not plain or len(set(plain)) < len(plain):
+            raise ValueError(f'options: expected at least one, each once, got {list(plain)}')
+        object.__setattr__(self, 'options', plain)
 
     @property
     def log(self) -> bool: return False
@@ -187,7 +191,7 @@ def check_enough_trials(answer):   # (share of the space, chance) -> trials
 
 @exercise(solution=lambda u: 1 - LogUniform(.001, .1).at(u),
           wrong=[(lambda u: .9 + .099*u, 'evenly'), (lambda u: LogUniform(.9, .999).at(u), 'itself'),
-                 (lambda u: LogUniform(.001, .1).at(u), '1 minus')])
+                 (lambda u: LogUniform(.001, .1).at(u), '1 minus'), (lambda u: .99, 'ends')])
 def check_momentum_draw(answer):   # u in 0..1 -> a momentum from 0.9 to 0.999
     "A momentum whose memory is drawn by ratio."
     middle = answer(.5)
@@ -195,3 +199,5 @@ def check_momentum_draw(answer):   # u in 0..1 -> a momentum from 0.9 to 0.999
     expect(abs(middle - (.9*.999)**.5) > 1e-6, 'the ratio that counts is not that of the momentum itself')
     expect(middle > .5, 'that is 1 minus the momentum')
     expect(abs(middle - .99) < 1e-9, f'the middle should remember 100 steps, got {1/(1 - middle):.0f}')
+    ends = sorted((answer(0.), answer(1.)))
+    expect(abs(ends[0] - .9) < 1e-9 and abs(ends[1] - .999) < 1e-9, f'the ends are to be 0.9 and 0.999, got {ends}')

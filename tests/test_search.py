@@ -225,7 +225,7 @@ def test_two_searches_in_one_folder_take_turns(tmp_path):
 
 def test_results_at_random():
     g = random.Random(2)
-    scores = [g.choice([g.random(), math.nan, math.inf, -math.inf, None]) for _ in range(200)]
+    scores = [g.choice([g.random(), math.nan, math.inf, -math.inf, None]) for _ in range(80)]
     states = [g.choice(['done', 'done', 'stopped', 'failed', 'dropped']) for _ in scores]
     trials = tuple(Trial(k, sample(SPACE, 0, k), s, c) for k, (s, c) in enumerate(zip(scores, states)))
     good = sorted((s, k) for k, (s, c) in enumerate(zip(scores, states))
@@ -233,7 +233,7 @@ def test_results_at_random():
     for mode, order in (('min', good), ('max', sorted(good, key=lambda p: (-p[0], p[1])))):
         result = SearchResult(SPACE, trials, mode)
         assert [t.number for t in result.ranked][:len(good)] == [k for _, k in order]
-        assert {t.number for t in result.ranked} == set(range(200)) and result.best.number == order[0][1]
+        assert {t.number for t in result.ranked} == set(range(80)) and result.best.number == order[0][1]
         assert len(repr(result).splitlines()) == 12 + len(edges(result))
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -241,7 +241,7 @@ def test_results_at_random():
         best = [t.params for t in result.ranked[:4]]
         assert all(fine['x'].low <= p['x'] <= fine['x'].high and fine['n'].low <= p['n'] <= fine['n'].high
                    and p['kind'] in fine['kind'].options for p in best)
-        assert len(parallel_coordinates(result).axes[0].lines) == 200 + 4
+        assert len(parallel_coordinates(result).axes[0].lines) == 80 + 4
 
 
 def test_the_warning_names_the_edge():
