@@ -40,8 +40,8 @@ def knowing_nothing(
 class InitialLoss:
     "The loss before training beside what knowing nothing costs."
     loss: float         # of the first batch, in training mode
-    expected: float     # of a model that holds all classes equally likely; NaN without a rule
-    ratio: float        # loss/expected
+    expected: float     # of a model that holds all classes equally likely; NaN (or 0) without a rule
+    ratio: float        # loss/expected; NaN without a rule
     regularised: float  # the loss with an L2 penalty on all weights
     passed: bool
     text: str           # the verdict in words
@@ -55,7 +55,7 @@ def _verdict(value, expected, regularised):
     if not math.isfinite(value): return False, f'the loss is {value}: nothing can be learnt from that'
     beside = f'loss {value:.3f}, {expected:.3f} for a model that knows nothing'
     if not regularised > value: return False, f'{beside}, but an L2 penalty adds nothing: are all weights zero?'
-    if math.isnan(expected): return True, f'loss {value:.3g}; for this loss and these targets there is no rule'
+    if not abs(expected) > 0: return True, f'loss {value:.3g}; for this loss and these targets there is no rule'
     if value < 0: return False, f'{beside}: negative; does the loss take what the model gives?'
     if value > HIGH*expected: return False, f'{beside}: wrong and sure of it; inputs not normalised, weights too large?'
     if value < LOW*expected: return False, f'{beside}: it knows something already; is it trained, or told the label?'
@@ -70,6 +70,8 @@ def initial_loss_check(
     weight_decay: float = 1e-3,      # strength of the L2 penalty: this, halved, times the sum of squares
 ) -> InitialLoss:
     "Is the loss before training that of a model that knows nothing, and does regularisation raise it?"
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f'num_classes: expected at least 2, got {num_classes}')
     if not weight_decay > 0: raise ValueError(f'weight_decay: expected a strength above 0, got {weight_decay}')
     with on_a_copy(model, first_batch(data), loss) as (net, criterion, _, batches), torch.no_grad():
         x, y = next(batches())
@@ -79,7 +81,7 @@ def initial_loss_check(
         penalty = sum(p.double().square().sum().item() for p in net.parameters() if p.ndim > 1)
     regularised = value + weight_decay/2*penalty
     passed, text = _verdict(value, expected, regularised)
-    return InitialLoss(value, expected, value/expected, regularised, passed, text)
+    return InitialLoss(value, expected, value/expected if expected else math.nan, regularised, passed, text)
 
 # %% ../nbs/10f_babysit.ipynb #exploded
 def exploded(
@@ -113,7 +115,7 @@ def unregularised(
 ):
     "Switch off what keeps a model from learning by heart."
     for m in model.modules():
-        if not ('Drop' in type(m).__name__ or isinstance(m, nn.MultiheadAttention) or
+        if not ('Drop' in type(m).__name__ or isinstance(m, (nn.MultiheadAttention, nn.RNNBase)) or
                 type(m).__name__ == 'StochasticDepth'): continue
         for key in ('p', 'drop_prob', 'dropout'):
             if isinstance(getattr(m, key, None), float): setattr(m, key, 0.)
@@ -132,6 +134,7 @@ def overfit_small(
     floor: float = .05,                              # of what knowing nothing costs; without classes, of the first loss
 ) -> Overfit:
     "Train a copy on a handful of samples, without regularisation, until it knows them by heart."
+    if steps < 1: raise ValueError(f'steps: expected at least 1, got {steps}')
     losses, accuracy, begin, ended = [], math.nan, time.monotonic(), 'the last step'
     with on_a_copy(model, first_batch(data, samples), loss, optimizer) as (net, criterion, opt, batches):
         x, y = next(batches())
@@ -143,7 +146,7 @@ def overfit_small(
             losses.append(value)
             if len(losses) == 1:
                 nothing = knowing_nothing(pred, y, criterion)
-                under = floor*(value if math.isnan(nothing) else nothing)
+                under = floor*(nothing if nothing > 0 else value)     # no rule: NaN
             if has_classes(pred, y): accuracy = (pred.argmax(1) == y).double().mean().item()
             if value < under and not accuracy < 1: ended = 'the floor'
             elif exploded(losses): ended = 'an explosion'
@@ -168,15 +171,17 @@ def update_ratio(
                  tuple((n, float(f'{r:.1e}'), update_meaning(r)) for n, r in ratios.items()))
 
 # %% ../nbs/10f_babysit.ipynb #checks
-@exercise(solution=lambda c: math.log(c), wrong=[(lambda c: 1/c, 'probability'), (lambda c: -math.log(c), 'negative'),
-                                                 (lambda c: math.log2(c), 'natural')])
-def check_start_loss(answer: Callable):   # (number of classes) -> cross-entropy of a model that knows nothing
-    "The loss before the first step."
-    got = answer(8)
-    expect(got != 1/8, 'that is the probability of each class; the loss is minus its logarithm')
-    expect(got > 0, 'a negative loss: minus the logarithm of a number below 1 is positive')
-    expect(abs(got - 3) > 1e-9, 'PyTorch takes the natural logarithm')
-    expect(abs(got - math.log(8)) < 1e-6, f'8 classes: expected {math.log(8):.3f}, got {got:.3f}')
+@exercise(solution=lambda c, s: math.log(c) + s*s/2,
+          wrong=[(lambda c, s: math.log(c), 'spread'), (lambda c, s: math.log(c) + s/2, 'square'),
+                 (lambda c, s: math.log2(c) + s*s/2, 'natural'), (lambda c, s: math.log(c) - s*s/2, 'more')])
+def check_start_loss(answer: Callable):   # (number of classes, spread of the scores) -> cross-entropy, about
+    "The loss before the first step, if the scores are random with a small standard deviation."
+    got = answer(8, .5)
+    expect(abs(got - math.log(8)) > 1e-9, 'that is the loss for equal scores; their spread adds to it')
+    expect(abs(got - 3.125) > 1e-9, 'PyTorch takes the natural logarithm')
+    expect(got > math.log(8), 'scores that are far apart for no reason cost more, not less')
+    expect(abs(got - math.log(8) - .25) > 1e-9, 'the rise grows with the square of the spread')
+    expect(abs(got - math.log(8) - .125) < 1e-6, f'8 classes, spread 0.5: expected 2.204, got {got:.3f}')
 
 
 @exercise(solution='all zero', wrong=[('raw pixels', 'high'), ('trained', 'low'), ('softmax', 'negative')])

@@ -29,7 +29,7 @@ def deep_mlp(
     num_classes: int = 10,                      # K
 ) -> nn.Sequential:                             # (B, ...) -> (B, K)
     "The simplest deep network: the same hidden layer again and again. Weights are PyTorch's own."
-    for name, value in (('depth', depth), ('width', width)):
+    for name, value in {'depth': depth, 'width': width, 'in_features': in_features, 'num_classes': num_classes}.items():
         if type(value) is not int or value < 1:
             raise ValueError(f'{name}: expected a whole number from 1 on, got {value!r}')
     sizes = [in_features] + [width]*depth
@@ -49,14 +49,21 @@ def _as_it_was(model):   # buffers (also those that a module replaces) and rando
 
 def _gradients(model, x, y, loss):   # name -> gradient of each parameter that learns, or None where nothing arrives
     learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    start = x.detach().clone().requires_grad_(x.is_floating_point())    # frozen layers get a gradient to pass on too
-    with _as_it_was(model), torch.enable_grad():
-        value = loss(model(start), y)
+    with torch.inference_mode(False), torch.enable_grad(), _as_it_was(model):
+        start = x.detach().clone().requires_grad_(x.is_floating_point())   # frozen layers get a gradient to pass on too
+        value = loss(model(start.clone()), y.clone() if y.is_inference() else y)     # the first layer may work in place
         if value.numel() != 1: raise ValueError(f'loss: expected one number, got shape {tuple(value.shape)}')
         wanted = [*learn.values(), *([start] if start.requires_grad else [])]
+        if not (wanted and value.requires_grad): return dict.fromkeys(learn)         # all frozen, or detached
         return dict(zip(learn, torch.autograd.grad(value.sum(), wanted, allow_unused=True)))
 
 # %% ../nbs/09c_depth.ipynb #look-through
+def _span(values):   # of a histogram: wide enough to be cut into bins, however alike the values are
+    low, high = (values.min().item(), values.max().item()) if len(values) else (0., 0.)
+    room = max(.5, abs(low)/2)
+    return (low, high) if high - low > 1e-6*abs(low) else (low - room, high + room)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Signals:
     "What layers give out in one pass, and the gradient that comes back to each of these outputs."
@@ -77,10 +84,12 @@ class Signals:
         if what not in ('activations', 'gradients'):
             raise ValueError(f"what: expected 'activations' or 'gradients', got {what!r}")
         shown = getattr(self, what)
+        if not shown: raise ValueError(f'{what}: expected those of at least one layer, got none')
         fig, axes = plt.subplots(1, len(shown), figsize=(1 + .8*len(shown), 1.7), squeeze=False, layout='constrained')
         for ax, (name, t) in zip(axes[0], shown.items()):
-            values = t.detach().float().flatten().cpu()
-            ax.hist(values[values.isfinite()].numpy(), 40, color='#0072B2' if what == 'activations' else '#D55E00')
+            values = t.detach().flatten().cpu().double()
+            finite, colour = values[values.isfinite()], '#0072B2' if what == 'activations' else '#D55E00'
+            ax.hist(finite.numpy(), 40, range=_span(finite), histtype='stepfilled', color=colour)
             ax.set(yticks=[])
             ax.set_title(f'{name}\n{values.std(correction=0):.1e}', fontsize=7)
             ax.tick_params(labelsize=6)

@@ -10,7 +10,6 @@ __all__ = ['smoothed', 'suggest_rate', 'LrFind', 'lr_find', 'check_growth', 'che
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
 
 import torch
 from torch import nn
@@ -81,6 +80,13 @@ class LrFind:
         return ax
 
 
+def _forever(batches):   # epoch after epoch
+    while True:
+        empty = True
+        for batch in batches(): yield batch; empty = False
+        if empty: raise ValueError('data: expected at least one batch, got none')
+
+
 def lr_find(
     model: nn.Module,
     data: Iterable | tuple,                          # a loader, a list of batches, or one batch (x, y)
@@ -95,13 +101,14 @@ def lr_find(
     "Train a copy with a rate that grows at every step, and see where the loss falls and where it explodes."
     if not 0 < low < high: raise ValueError(f'low, high: expected 0 < low < high, got {low}, {high}')
     if steps < 10: raise ValueError(f'steps: expected at least 10, got {steps}')
+    if not factor > 1: raise ValueError(f'factor: expected a factor above 1, got {factor}')
     rates, raw, ended = [low*(high/low)**(i/(steps - 1)) for i in range(steps)], [], 'the last rate'
     with on_a_copy(model, data, loss, optimizer) as (net, criterion, opt, batches):
         learn = [p for p in net.parameters() if p.requires_grad] or [torch.zeros(1)]
         opt = torch.optim.Adam(learn) if opt is None else opt
         own = [float(g.get('initial_lr', g['lr'])) for g in opt.param_groups]    # before any schedule
         shares = [r/max(own) if max(own) else 1. for r in own]                   # groups keep their proportions
-        for rate, (x, y) in zip(rates, chain.from_iterable(b() for b in repeat(batches))):
+        for rate, (x, y) in zip(rates, _forever(batches)):
             for group, share in zip(opt.param_groups, shares): group['lr'] = rate*share
             raw.append(trial_step(net, criterion, opt, x, y)[0])
             means = smoothed(raw, beta)

@@ -47,7 +47,8 @@ class GradientCheck:
     def _repr_html_(self): return f'{self._head()}{self.table()._repr_html_()}'
 
 
-def _judge(rows, tolerance):
+def _judge(rows, tolerance):   # a gradient of NaN has an error of NaN, which no comparison would find
+    rows = [(*r[:3], math.inf if math.isnan(r[3]) else r[3], r[4]) for r in rows]
     worst = max((e for *_, e, kink in rows if not kink or e <= tolerance), default=math.nan)
     return GradientCheck(worst <= tolerance, worst, sum(r[4] for r in rows), tuple(rows), tolerance)
 
@@ -86,11 +87,12 @@ def gradient_check(
         with torch.no_grad(): return value(moved).item()
 
     if not isinstance(x, Tensor) or not x.numel(): raise ValueError(f'x: expected a tensor with numbers, got {x!r}')
+    if x.is_complex(): raise TypeError(f'x: expected real numbers, got {str(x.dtype)[6:]}')
     if entries < 1: raise ValueError(f'entries: expected at least 1, got {entries}')
     with keep_rng(), torch.inference_mode(False), torch.enable_grad():
         x = x.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         leaf = x.clone().requires_grad_()
-        start = value(leaf)
+        start = value(leaf.clone())                                    # fn may work in place
         grad, = torch.autograd.grad(start, leaf, allow_unused=True) if start.requires_grad else (None,)
         if grad is None: raise ValueError('fn: expected a result that depends on x, got one without a gradient')
         chosen, rows = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(seed))[:entries].sort()[0], []
@@ -156,6 +158,7 @@ def parameter_check(
         slope = (grad*way).sum().item()
         return k, slope, *compare_slope(partial(moved, p, way), slope, h, tolerance)
 
+    if not isinstance(model, nn.Module): raise TypeError(f'model: expected an nn.Module, got {type(model).__name__}')
     if directions < 1: raise ValueError(f'directions: expected at least 1, got {directions}')
     with keep_rng(), torch.inference_mode(False), torch.no_grad():
         net, criterion = copy_together(model, loss)

@@ -65,6 +65,8 @@ class InitResult:
 
     def values(self, scheme: str, what: str = 'eval_mode') -> list[float]:   # what: or 'dropout_on'
         "One accuracy of each seed."
+        if what not in ('eval_mode', 'dropout_on'):
+            raise ValueError(f"what: expected 'eval_mode' or 'dropout_on', got {what!r}")
         if scheme not in self.runs: raise KeyError(f"scheme: expected one of {', '.join(self.runs)}, got {scheme!r}")
         return [getattr(run, what) for run in self.runs[scheme]]
 

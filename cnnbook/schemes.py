@@ -149,11 +149,13 @@ def init_weights(
     law_of(scheme, 1, 1, nonlinearity, mode)              # a wrong word is refused before anything is changed
     if scheme == 'lsuv' and data is None: raise ValueError('data: expected a batch for lsuv, got None')
     last = _last_norms(model) if zero_init_residual else ()
-    for m in _layers(model, LAYERS[1:] if scheme == 'resnet' else LAYERS).values():
+    kinds = LAYERS[1:] if scheme == 'resnet' else LAYERS
+    for m in _layers(model, kinds).values():
         law_of(scheme, *fans(m, wired), nonlinearity, mode, gain).draw(m.weight, generator)
-        if m.bias is not None: nn.init.zeros_(m.bias)
-    for m in model.modules() if scheme == 'resnet' else ():
-        if isinstance(m, NORMS) and m.weight is not None: nn.init.ones_(m.weight), nn.init.zeros_(m.bias)
+    for m in model.modules():                             # layers that share a weight have biases of their own
+        if isinstance(m, kinds) and m.bias is not None: nn.init.zeros_(m.bias)
+        if scheme != 'resnet' or not isinstance(m, NORMS) or m.weight is None: continue
+        nn.init.ones_(m.weight), nn.init.zeros_(m.bias)
     for m in last: nn.init.zeros_(m.weight)
     return lsuv(model, data) if scheme == 'lsuv' else model
 

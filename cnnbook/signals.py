@@ -6,6 +6,7 @@
 __all__ = ['ActivationStats', 'check_dead_share', 'check_log_column', 'check_pooled_std', 'check_died_at']
 
 # %% ../nbs/09d_signals.ipynb #imports
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -39,7 +40,8 @@ class ActivationStats(Callback):
         for name, value in (('every_n_steps', every_n_steps), ('bins', bins)):
             if type(value) is not int or value < 1:
                 raise ValueError(f'{name}: expected a whole number from 1 on, got {value!r}')
-        if not limits[0] < limits[1]: raise ValueError(f'limits: expected the lower one first, got {limits}')
+        if not -math.inf < limits[0] < limits[1] < math.inf:
+            raise ValueError(f'limits: expected two finite numbers, the lower one first, got {limits}')
         self.layers, self.every_n_steps, self.limits, self.bins, self.axis = layers, every_n_steps, limits, bins, axis
         self._open, self._seen = ExitStack(), None
         self._clear()
@@ -141,9 +143,9 @@ def _same_share(t): return (t.amax((0, 2, 3)) == t.amin((0, 2, 3))).float().mean
 def check_dead_share(answer: Callable):   # (B, C, H, W) -> share of channels
     "Channels that give the same value to every image, at every place."
     t = torch.zeros(2, 4, 2, 2)
-    t[:, 1], t[0, 2], t[:, 3, 0] = 5., 1., 2.
+    t[:, 1], t[0, 2], t[:, 3, 0, 0] = 5., 1., 2.
     got = float(answer(t))
-    expect(abs(got - 4/8) > .01 or got == .5 and abs(float(answer(t[:, :2])) - .5) > .01, 'you counted single values')
+    expect(abs(got - 18/32) > 1e-6, 'you counted single values that are 0; a channel is one unit')
     expect(abs(float(answer(t[:, :2])) - 1) < 1e-6, 'a channel that is always 5 says nothing either: not only 0 counts')
     expect(abs(got - .75) > 1e-6, 'compare over every image: channel 2 differs from one to the other')
     expect(abs(got - .5) < 1e-6, f'channels 0 and 1 of 4 are constant: 0.5, got {got:.3g}')

@@ -67,6 +67,7 @@ def compare_slope(
 ) -> tuple[float, float, bool]:  # numeric slope, relative error, whether there is a kink within the step
     "Hold a slope against the centred difference; if they differ, tell an error from a kink."
     if not h > 0: raise ValueError(f'h: expected a step above 0, got {h}')
+    if not tolerance > 0: raise ValueError(f'tolerance: expected an error above 0, got {tolerance}')
     f = cache(f)                                                       # no place is evaluated twice
     numeric, error = _look(f, slope, h, tolerance)
     if error <= tolerance: return numeric, error, False

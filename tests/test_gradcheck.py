@@ -91,6 +91,16 @@ def test_an_error_near_a_kink_is_not_excused():
     assert compare_slope(lambda t: max(t + 1e-6, 0.), .5)[2] is False
 
 
+@pytest.mark.parametrize('at', range(4))
+def test_a_gradient_of_nan_or_infinity_never_passes(at):
+    x = torch.ones(4)
+    for bad in (math.nan, math.inf, -math.inf):
+        factor = torch.ones(4, dtype=torch.float64)
+        factor[at] = bad
+        found = gradient_check(lambda x, k=factor: Planted.apply(x, k).square().sum(), x)
+        assert not found.passed and math.isinf(found.worst) and found.kinks == 0
+
+
 def test_inputs_of_every_kind_are_left_alone():
     x = torch.randint(255, (2, 3, 4, 4), dtype=torch.uint8)
     was = x.clone()

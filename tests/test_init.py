@@ -109,6 +109,7 @@ def test_a_shared_weight_is_drawn_once_and_other_modules_are_left_alone():
     embedded = net[3].weight.detach().clone()
     init_weights(net, 'normal_one', generator=seeded())
     assert torch.equal(net[0].weight, torch.empty(5, 5).normal_(generator=seeded()))
+    assert not net[0].bias.any() and not net[1].bias.any()
     assert (net[2].weight == 7).all() and torch.equal(net[3].weight, embedded)
 
 
@@ -162,6 +163,16 @@ def test_gradients_equal_backward_on_random_networks(seed):
     F.cross_entropy(net[4:](middle), y).backward()
     assert norms == {n: p.grad.norm().item() for n, p in net.named_parameters() if p.ndim > 1}
     torch.testing.assert_close(seen.gradients['3'], middle.grad)
+
+
+def test_looking_at_a_network_that_begins_in_place_or_has_nothing_to_learn():
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
+    was = x.clone()
+    assert gradient_norms(net, x, y)['1.weight'] > 0 and torch.equal(x, was)
+    with torch.inference_mode(): assert gradient_norms(net, torch.randn(6, 4), y.clone())['1.weight'] > 0
+    words = nn.Embedding(5, 3).requires_grad_(False)
+    assert gradient_norms(words, y, y) == {} and look_through(words, y, y).gradients == {}
 
 
 def spiral_like(n=120):
