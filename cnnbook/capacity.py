@@ -107,8 +107,12 @@ def kept_for_backward(
     batch_size: int,
 ) -> int:                       # bytes, weights left out, each memory once
     "What autograd keeps of a pass in training mode; the pass runs on `meta`, so nothing is computed."
-    bare = {n: torch.empty_like(p, device='meta').requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
-    bare |= {n: torch.empty_like(b, device='meta') for n, b in model.named_buffers()}
+    bare, twins = {}, {}                           # each module once, and a weight that two modules share is one twin
+    for name, m in model.named_modules():
+        for key, t in [*m._parameters.items(), *m._buffers.items()]:
+            if t is None: continue
+            if t not in twins: twins[t] = torch.empty_like(t, device='meta').requires_grad_(t.requires_grad)
+            bare[f'{name}.{key}' if name else key] = twins[t]
     own, kept = {memory_id(t) for t in bare.values()}, {}
 
     def keep(t):
@@ -119,7 +123,7 @@ def kept_for_backward(
     x = torch.empty(batch_size, *input_size, device='meta', dtype=like.dtype)
     with eval_mode(model), keep_rng(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.train()                              # eval_mode puts every mode back
-        functional_call(model, bare, (x,))
+        functional_call(model, bare, (x,), tie_weights=False)
     return sum(kept.values())
 
 # %% ../nbs/03b_capacity.ipynb #training-memory

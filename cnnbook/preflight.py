@@ -7,7 +7,8 @@ __all__ = ['preflight', 'check_what_first', 'check_hidden_by', 'check_stop_at']
 
 # %% ../nbs/11_preflight.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -39,6 +40,7 @@ class _Case:
     x: Tensor          # all of them (N, ...)
     y: Tensor          # (N, ...)
     given: dict        # the other arguments of preflight
+    cost: tuple = (32, 0.)   # samples of a trial, seconds of a step for each
 
 
 def _looks(c):   # at data and model as they are: all are made
@@ -53,7 +55,8 @@ def _looks(c):   # at data and model as they are: all are made
 
 
 def _passes(c):   # of one batch forward
-    x, y = c.x[:32], c.y[:32]
+    n = 32 if c.cost[0] > 7 else 8
+    x, y = c.x[:n], c.y[:n]
     net, criterion, _ = trial_copy(c.model, c.loss)
     calls, out, error = layer_calls(net.train(), x)
     yield 'shapes', lambda: shapes_fit(c.model, x, error) or [passed('shapes', f'{tuple(x.shape)} go through')]
@@ -77,8 +80,7 @@ def _range(out, y, loss):   # all labels at hand, not only those of one batch
 
 
 def _trials(c):   # steps on copies
-    seconds = c.given['seconds']
-    size, one = trial_size(c.model, c.x, seconds)
+    seconds, (size, one) = c.given['seconds'], c.cost
     cut = lambda n: [(x[:n], y[:n]) for x, y in c.batches[:4 if one*n < .5 else 1]]
     skip = lambda check: [Finding(check, 'skip', f'a step takes {one:.2f} s a sample: too slow for this')]
     yield 'gradients', lambda: gradients_arrive(c.model, cut(size), c.loss)
@@ -87,7 +89,7 @@ def _trials(c):   # steps on copies
     if c.given['step'] is not None and c.optimizer is not None:
         yield 'your step', lambda: own_step(c.model, c.loss, c.optimizer, cut(size), c.given['step'])
     wide = max(size, 16)                                # fewer say nothing about a rate
-    steps = int(min(30, max(12, seconds/(10*one*wide))))
+    steps = int(min(30, max(12, seconds/(4*one*wide))))
     yield 'learning rate', lambda: skip('learning rate') if c.optimizer is not None and 40*one*wide > 4*seconds else (
         learning_rate(c.model, c.loss, c.optimizer, cut(wide), steps))
     yield 'twenty samples', lambda: small_batch_is_learnt(
@@ -106,6 +108,7 @@ def _made(check, look):
 def _run(c) -> Iterator[Finding]:
     found = [f for check, look in _looks(c) for f in _made(check, look)]
     yield from found
+    with suppress(Exception): c = replace(c, cost=trial_size(c.model, c.x, c.given['seconds']))   # else told by shapes
     for part in (_passes, _trials):
         if any(f.status == 'fail' for f in found): return
         for check, look in part(c):
