@@ -10,7 +10,7 @@ __all__ = ['pick_samples', 'take_batches', 'two_passes', 'same_samples', 'shared
 # %% ../nbs/10gb_samples.ipynb #imports
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .exercise import exercise, expect
-from .feed import Feed, feed_state, set_feed_state
-from .trace import digest
+from .feed import Feed
+from .trace import digest, keep_rng
+from .trial import borrowed
 
 # %% ../nbs/10gb_samples.ipynb #take
 def _pair(item, i, first=None):
@@ -36,16 +37,6 @@ def _pair(item, i, first=None):
         raise ValueError(f'data: expected inputs of one shape {tuple(first.shape[1:])}, '
                          f'got {tuple(x.shape[1:])} in batch {i}')
     return x, y
-
-
-@contextmanager
-def _untouched(data):
-    "Random states and the number of the loader's pass are put back at the end."
-    state, epoch = feed_state(data), getattr(data, '__dict__', {}).get('epoch')   # our Loader counts its passes
-    try: yield
-    finally:
-        set_feed_state(data, state)
-        if epoch is not None: data.epoch = epoch
 
 
 def _one_pass(data, samples, batches):
@@ -79,7 +70,7 @@ def take_batches(
     if min(samples, batches) < 1: raise ValueError(f'samples, batches: expected 1 or more, got {samples}, {batches}')
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         return [pick_samples(*_pair(data, 0), samples)]
-    with _untouched(data): return _one_pass(data, samples, batches)
+    with keep_rng(), borrowed(data) as mine: return _one_pass(mine, samples, batches)
 
 # %% ../nbs/10gb_samples.ipynb #two
 def two_passes(
@@ -89,7 +80,7 @@ def two_passes(
 ) -> tuple[list, list]:
     "The beginnings of two passes, one right after the other, as a run would see them; the loader is left as it was."
     if isinstance(data, (tuple, list)): return take_batches(data, samples), take_batches(data, more)
-    with _untouched(data): return _one_pass(data, samples, more), _one_pass(data, more, more)
+    with keep_rng(), borrowed(data) as mine: return _one_pass(mine, samples, more), _one_pass(mine, more, more)
 
 
 def same_samples(

@@ -122,14 +122,15 @@ def test_shuffled_labels_hardly_ever_pass_and_labels_that_go_always_do():
 
 
 def test_fault_labels_that_were_put_in_order_apart():
-    assert labels_and_inputs(X[:, :1, ::2, ::2], Y.sort()[0])[0].status in ('fail', 'warn')
-    line = torch.linspace(-1, 1, 300)[:, None]
+    many = shapes(600, size=16, seed=0)
+    assert labels_and_inputs(many.x[:, :1, ::2, ::2].float()/255, many.y.sort()[0])[0].status in ('fail', 'warn')
+    line = torch.linspace(-1, 1, 500)[:, None]
     assert labels_and_inputs(line, (line[:, 0] > 0).long())[0].status == 'pass'
-    many = torch.arange(300) % 60                           # five a class: not asked
+    many = torch.arange(500) % 60                           # five a class: not asked
     few, = labels_and_inputs(line, many)
     assert few.status == 'skip' and '600 are needed' in few.saw
-    assert labels_and_inputs(line[:299], many[:299] % 2)[0].status == 'skip'
-    assert labels_and_inputs(X*0, Y)[0].status == 'fail'    # blank images tell nothing
+    assert labels_and_inputs(line[:499], many[:499] % 2)[0].status == 'skip'
+    assert labels_and_inputs(0*line.repeat(1, 4), torch.arange(500) % 10)[0].status == 'fail'    # blank images tell nothing
     assert labels_and_inputs(line.long(), many) == [] == labels_and_inputs(line, many.int())
     assert label_test(torch.rand(2500, 4, generator=gen(0)), torch.arange(2500) % 2).z < 3     # 2000 of them are used
 
