@@ -130,7 +130,8 @@ def test_fault_labels_that_were_put_in_order_apart():
     few, = labels_and_inputs(line, many)
     assert few.status == 'skip' and '600 are needed' in few.saw
     assert labels_and_inputs(line[:499], many[:499] % 2)[0].status == 'skip'
-    assert labels_and_inputs(0*line.repeat(1, 4), torch.arange(500) % 10)[0].status == 'fail'    # blank images tell nothing
+    blank = labels_and_inputs(0*line.repeat(1, 4), torch.arange(500) % 10)[0]
+    assert blank.status == 'fail'                           # blank images tell nothing
     assert labels_and_inputs(line.long(), many) == [] == labels_and_inputs(line, many.int())
     assert label_test(torch.rand(2500, 4, generator=gen(0)), torch.arange(2500) % 2).z < 3     # 2000 of them are used
 
