@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .calls import few
 from .exercise import exercise, expect
 from .findings import Finding, passed
 from .gradcheck import parameter_check
@@ -34,6 +33,9 @@ def gradients_or_none(
     return list(torch.autograd.grad(value, learn, allow_unused=True))
 
 
+def _some(names): return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+
 def _owners(model):   # of each parameter: the module that holds it, and its name
     return {f'{n}.{k}' if n else k: n for n, m in model.named_modules() for k, _ in m.named_parameters(recurse=False)}
 
@@ -47,11 +49,11 @@ def _missing(model, x, y, loss):
     cut = [n for n, g in learn if g is None and (owners[n] in called or not leaf(n))]
     idle = [n for n, g in learn if g is None and n not in cut]
     bad = [n for n, g in learn if g is not None and not g.isfinite().all()]
-    if cut: return [Finding('gradients', 'fail', f'takes part, but gets no gradient: {few(cut)}', 'detached graph',
+    if cut: return [Finding('gradients', 'fail', f'takes part, but gets no gradient: {_some(cut)}', 'detached graph',
                             'look for detach(), .data, .item(), NumPy or no_grad behind these layers')]
-    if bad: return [Finding('gradients', 'fail', f'NaN or infinity in the gradient of {few(bad)}',
+    if bad: return [Finding('gradients', 'fail', f'NaN or infinity in the gradient of {_some(bad)}',
                             'NaN in the gradients', 'sqrt(0), log(0), 0/0: torch.autograd.set_detect_anomaly(True)')]
-    return [Finding('gradients', 'warn', f'never used: {few(idle)}', 'unused parameters',
+    return [Finding('gradients', 'warn', f'never used: {_some(idle)}', 'unused parameters',
                     'call the layer in forward, or take it out')] if idle else []
 
 # %% ../nbs/10k_flow.ipynb #dead-code
@@ -135,7 +137,7 @@ def backward_is_right(
     if error <= tolerance or kink: return [passed('backward pass', f'the slope is right to {error:.0e}')]
     wrong = [n for n, r in parameter_check(model, x[:4].to(torch.float32), y[:4], loss).items()
              if r is not None and not r.passed]
-    told = f'slope {slope:.4g}, by differences {numeric:.4g}; wrong at {few(wrong)}'
+    told = f'slope {slope:.4g}, by differences {numeric:.4g}; wrong at {_some(wrong)}'
     return [Finding('backward pass', 'fail', told, 'wrong backward',
                     'gradient_check your own autograd.Function behind the last of these layers')]
 
