@@ -1,4 +1,4 @@
-"""The named networks against torchvision: same names, same numbers at full size, and the real weights."""
+"""The named networks against torchvision: same names, same numbers and the real weights."""
 import os
 from pathlib import Path
 
