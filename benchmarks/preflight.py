@@ -1,6 +1,6 @@
 """Does `preflight` name the fault? Over forty faults, each planted in three to seven networks (tests/plants.py), and
-ten sound pairs of model and data. Right: the first cause of the report is the one that the plant states. Two networks
-were kept aside: no check was tuned on them. Sound pairs must show no failure.
+twelve sound pairs of model and data. Right: the first cause of the report is the one that the plant states. Two
+networks were kept aside: no check was tuned on them. Sound pairs must show no failure.
 
     python benchmarks/preflight.py
 

@@ -12,7 +12,8 @@ from torch import nn
 from cnnbook import resnet
 from cnnbook.hooks import eval_mode
 
-PUBLISHED = Path(os.environ.get('CNNBOOK_WEIGHTS', 'nowhere'))/'resnet20-12fca82f.th'
+BESIDE = Path(__file__).resolve().parents[2]/'shared'/'datasets'/'weights'   # where the real data sets lie packed
+PUBLISHED = Path(os.environ.get('CNNBOOK_WEIGHTS') or BESIDE)/'resnet20-12fca82f.th'
 
 
 def pair(name, seed=0, **options):
