@@ -158,6 +158,15 @@ class Press(Callback):
         if batch_idx == 1: signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def plain_ctrl_c():
+    "Ctrl-C as in a terminal; where the tests run in the background it is ignored."
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, was)
+
+
+@pytest.mark.usefixtures('plain_ctrl_c')
 def test_ctrl_c_within_a_trainer_leaves_no_row(tmp_path, capsys):
     data = [(torch.ones(2, 3), torch.zeros(2, 1))]*4
     def train_one(params, report):
