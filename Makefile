@@ -11,7 +11,7 @@ QUIET_ENV := CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg
 TEST_ENV := $(ONE_THREAD) $(QUIET_ENV)
 LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab check clean-nb export lint drift book slow bench clean
+.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book slow bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -66,6 +66,21 @@ test-cuda: setup  ## the cells flagged cuda, on a machine with a GPU
 slow: setup  ## full rounds of the kill and fuzz tests, and the cells flagged slow
 	CNNBOOK_FULL=1 CNNBOOK_OFFLINE=1 $(BIN)/nbdev_test --n_workers 1 --flags slow --do_print
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Python itself is not built with them, so their libraries must be there before it starts; it never frees all it has.
+SANITIZED := $(CURDIR)/$(OUT)/sanitize
+SANITIZERS = $(foreach l,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-g++} -print-file-name=$(l)))
+sanitize: setup  ## the C++ part built with AddressSanitizer and UBSan, under its tests
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r setup.py settings.ini README.md pyproject.toml cext cnnbook data $(SANITIZED)
+	rm -rf $(SANITIZED)/cnnbook/*.so
+	cd $(SANITIZED) && CNNBOOK_REQUIRE_CEXT=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	$(TEST_ENV) CNNBOOK_SANITIZED=1 PYTHONPATH=$(SANITIZED) LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest tests/test_boxes.py tests/test_nms.py \
+		-m 'not slow' -k 'not flat and not faster and not compiler and not fault_64 and not 256_times' $(ARGS)
+sanitize: export CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
+sanitize: export CFLAGS = $(CXXFLAGS)
+sanitize: export LDFLAGS = -fsanitize=address,undefined
 
 clean-nb: setup
 	$(BIN)/nbdev_clean

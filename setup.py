@@ -31,6 +31,7 @@ class BuildPy(build_py):
 # A missing compiler must not stop a reader: boxes.py has a slow path. CNNBOOK_REQUIRE_CEXT=1 makes C++ errors count.
 flags = [] if os.name == 'nt' else ['-O3', '-ffp-contract=off', '-fno-trapping-math']  # exact to the bit, vectorised
 extension = Pybind11Extension('cnnbook._cext', sorted(glob('cext/*.cpp')), cxx_std=17, include_dirs=['cext'],
+                              depends=sorted(glob('cext/*.h')),  # an edited header counts as an edited source
                               extra_compile_args=flags, optional=os.environ.get('CNNBOOK_REQUIRE_CEXT') != '1')
 
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],

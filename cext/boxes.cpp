@@ -16,6 +16,16 @@ BadBox first_bad_box(const double* boxes, std::size_t n) {
     return {n, 0, Fault::none};
 }
 
+bool fits_float(const double* boxes, std::size_t n) {
+    const auto too_thin = [](double side) { return side > 0 && side < 1e-15; };
+    for (std::size_t i = 0; i < n; ++i) {
+        const double* p = boxes + 4 * i;
+        if (!(std::max({-p[0], -p[1], p[2], p[3]}) <= 1e18)) return false;
+        if (too_thin(p[2] - p[0]) || too_thin(p[3] - p[1])) return false;
+    }
+    return true;
+}
+
 namespace {
 
 // One array for each coordinate: the inner loop below then reads neighbours, and a compiler can take several boxes at

@@ -25,4 +25,7 @@ BadBox first_bad_box(const double* boxes, std::size_t n);
 template <class T>
 void box_iou(const double* a, std::size_t n, const double* b, std::size_t m, T* out);
 
+// Whether areas of these boxes can be computed in float: none overflows, none is lost.
+bool fits_float(const double* boxes, std::size_t n);
+
 }  // namespace cnnbook

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from cnnbook.boxes import box_iou, box_iou_numpy, load_cext
+from cnnbook.boxes import box_iou, load_cext
+from cnnbook.iou import box_iou_numpy
 
 ROOT = Path(__file__).parent.parent
 CEXT, REASON = load_cext()
@@ -241,12 +242,16 @@ import cnnbook
 warnings.simplefilter('always')
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
-    from cnnbook.boxes import box_iou, load_cext
+    from cnnbook.boxes import box_iou, lanms, load_cext, nms, quad_iou, quad_nms
     imported = len(caught)
     table = [box_iou([[0, 0, 4, 4]], [[2, 1, 6, 4]]).tolist() for _ in range(3)]
+    boxes, scores = [[0, 0, 4, 4], [1, 0, 5, 4], [9, 9, 12, 12]], [.5, 1, 2]
+    quads = [[[a, b], [c, b], [c, d], [a, d]] for a, b, c, d in boxes]
+    others = [nms(boxes, scores, .3).tolist(), quad_nms(quads, scores, .3).tolist(), quad_iou(quads, quads)[0].tolist(),
+              *[x.tolist() for x in lanms(quads, scores, .3)]]
 try: box_iou([[5, 0, 3, 2]], [[0, 0, 1, 1]])
 except ValueError as e: error = str(e)
-print(json.dumps(dict(home=cnnbook.__file__, imported=imported, table=table, error=error,
+print(json.dumps(dict(home=cnnbook.__file__, imported=imported, table=table, error=error, others=others,
                       built=load_cext()[0] is not None,
                       said=[(str(w.message), w.category.__name__, w.filename) for w in caught])))
 '''
@@ -278,6 +283,9 @@ def test_fault_64_without_the_compiled_part(tmp_path, name, content, words):
     assert words in message and '\n' not in message and kind == 'RuntimeWarning'
     assert file == '<string>'                                              # the warning points at the caller's line
     assert said['table'] == [[[6/22]]]*3
+    left = 2/3                                                             # (1*.5 + 2*1)/(.5 + 1) less one
+    square = lambda x, y, side: [[x, y], [x + side, y], [x + side, y + side], [x, y + side]]
+    assert said['others'] == [[2, 1], [2, 1], [1, .6, 0], [square(9, 9, 3), square(left, 0, 4)], [2, 1.5]]
     assert said['error'] == 'a: expected x1 <= x2 and y1 <= y2, got (5.0, 0.0, 3.0, 2.0) in row 0'
 
 
