@@ -69,7 +69,7 @@ class BasicBlock(nn.Module):
 
 # %% ../nbs/14ab_blocks.ipynb #plain
 class PlainBlock(BasicBlock):
-    "The twin of BasicBlock: the same weights, and nothing is added."
+    "The twin of BasicBlock: the same weights, and nothing is added; a `downsample` is held and not used."
     def forward(self, x: Tensor) -> Tensor: return self.relu(self.branch(x))   # (B, C, H, W) -> (B, planes, h, w)
 
 # %% ../nbs/14ab_blocks.ipynb #pad

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['verify_classes', 'LeNet5', 'lenet5', 'AlexNet', 'alexnet', 'random_weights', 'vgg_features', 'init_vgg', 'VGG',
            'vgg11', 'vgg11_bn', 'vgg13', 'vgg13_bn', 'vgg16', 'vgg16_bn', 'vgg19', 'vgg19_bn', 'check_second_lenet',
-           'check_alex_sides', 'check_nineteen', 'check_bare_names']
+           'check_alex_sides', 'check_nineteen', 'check_fitting_weights']
 
 # %% ../nbs/13d_classics.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -17,11 +17,12 @@ from .exercise import exercise, expect
 
 # %% ../nbs/13d_classics.ipynb #classes
 def verify_classes(
-    num_classes: int,  # outputs of a network
+    num_classes: int,            # outputs of a network, or another count
+    name: str = 'num_classes',   # of the argument, for the error
 ) -> int:
     "The number itself, or an error in words."
-    if type(num_classes) is not int: raise TypeError(f'num_classes: expected an int, got {type(num_classes).__name__}')
-    if num_classes < 1: raise ValueError(f'num_classes: expected at least 1, got {num_classes}')
+    if type(num_classes) is not int: raise TypeError(f'{name}: expected an int, got {type(num_classes).__name__}')
+    if num_classes < 1: raise ValueError(f'{name}: expected at least 1, got {num_classes}')
     return num_classes
 
 # %% ../nbs/13d_classics.ipynb #lenet
@@ -32,7 +33,7 @@ class LeNet5(nn.Module):
                  in_channels: int = 1):  # of the image
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(in_channels, 6, 5), nn.Tanh(), nn.AvgPool2d(2),    # (B, 6, 14, 14)
+            nn.Conv2d(verify_classes(in_channels, 'in_channels'), 6, 5), nn.Tanh(), nn.AvgPool2d(2),    # (B, 6, 14, 14)
             nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2),             # (B, 16, 5, 5)
             nn.Conv2d(16, 120, 5), nn.Tanh())                            # (B, 120, 1, 1)
         self.classifier = nn.Sequential(nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, verify_classes(num_classes)))
@@ -84,7 +85,7 @@ def random_weights(
         elif like.ndim > 1: value = torch.randn(like.shape, generator=g).mul_((2/like[0].numel())**.5)
         elif name.endswith('running_var'): value = torch.rand(like.shape, generator=g) + .5
         else: value = .1*torch.randn(like.shape, generator=g) + name.endswith('weight')
-        state[name] = value
+        state[name] = value.to(like.dtype)
     return state
 
 # %% ../nbs/13d_classics.ipynb #vgg
@@ -94,6 +95,7 @@ def vgg_features(
 ) -> nn.Sequential:
     "The convolutional part of a VGG network."
     if len(counts) != 5: raise ValueError(f'counts: expected 5 numbers of convolutions, got {len(counts)}')
+    for k, count in enumerate(counts): verify_classes(count, f'counts[{k}]')
     layers, taken = [], 3
     for width, count in zip((64, 128, 256, 512, 512), counts):
         for _ in range(count):
@@ -211,18 +213,24 @@ def check_nineteen(answer: list):  # convolutions before each pooling of VGG-19
     expect(list(answer) == [2, 2, 4, 4, 4], f'it grows where the maps are small: {answer} does not')
 
 
-def _fold_in(state, prefix='module.', every=True):
-    cut = (lambda k: k.replace(prefix, '')) if every else (lambda k: k.removeprefix(prefix))
-    return {cut(k): v for k, v in state.items()}
+def _fitting(saved, own, same=lambda a, b: a.shape == b.shape, rest=None):
+    fit = {k: v for k, v in saved.items() if k in own and same(v, own[k])}
+    return fit, sorted((saved if rest is None else own).keys() - fit)
 
 
-@exercise(solution=lambda state: _fold_in(state, every=False),
-          wrong=[(_fold_in, 'in the middle'), (lambda state: {k[7:]: v for k, v in state.items()}, 'have no prefix'),
-                 (lambda state: state, 'still')])
-def check_bare_names(answer: Callable):  # state whose names may begin with 'module.' -> state with bare names
-    "Exercise of chapter 13d: names as they are published."
-    got = list(answer({'module.features.0.weight': 0, 'module.head.module.bias': 1, 'features.3.bias': 2}))
-    expect('module.features.0.weight' not in got, 'the prefix is still there')
-    expect('head.bias' not in got, "a 'module.' in the middle of a name belongs to the name")
-    expect('features.3.bias' in got, 'names that have no prefix stay as they are')
-    expect(got == ['features.0.weight', 'head.module.bias', 'features.3.bias'], f'the names are {got}')
+@exercise(solution=_fitting, wrong=[(lambda s, o: _fitting(s, o, lambda a, b: True), 'name is not enough'),
+                                    (lambda s, o: _fitting(s, o, lambda a, b: a.numel() == b.numel()), 'many numbers'),
+                                    (lambda s, o: _fitting(o, s), 'own values'),
+                                    (lambda s, o: _fitting(s, o, rest='own'), 'names of `saved`')])
+def check_fitting_weights(answer: Callable):  # (saved state, own state) -> (entries that fit, sorted names that do not)
+    "Exercise of chapter 13d: which saved weights a network can take."
+    sizes = {'conv.weight': (4, 3), 'conv.bias': (4,), 'fc.weight': (1000, 4), 'turned': (2, 3), 'old.bias': (4,)}
+    saved = {k: torch.ones(s) for k, s in sizes.items()}
+    own = {k: torch.zeros(sizes[k]) for k in ('conv.weight', 'conv.bias')}
+    own |= {'fc.weight': torch.zeros(10, 4), 'turned': torch.zeros(3, 2), 'new.bias': torch.zeros(4)}
+    fit, rest = answer(saved, own)
+    expect('fc.weight' not in fit, 'the same name is not enough: a matrix for 1000 classes does not fit one for 10')
+    expect('turned' not in fit, 'as many numbers are not the same shape: 2 x 3 is not 3 x 2')
+    expect(set(fit) == {'conv.weight', 'conv.bias'}, f'conv.weight and conv.bias fit, you kept {sorted(fit)}')
+    expect(all(v.all() for v in fit.values()), "those are the network's own values: nothing would be loaded")
+    expect(list(rest) == ['fc.weight', 'old.bias', 'turned'], f'left out are three names of `saved`, got {list(rest)}')

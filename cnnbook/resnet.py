@@ -8,12 +8,13 @@ __all__ = ['CifarResNet', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'tidy_
            'check_silent_start']
 
 # %% ../nbs/14b_resnet.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import BasicBlock, Bottleneck, PadShortcut, PlainBlock, conv1x1, conv3x3  # noqa: F401
+from .blocks import BasicBlock, Bottleneck, PadShortcut, PlainBlock, conv1x1, conv3x3
+from .classics import verify_classes
 from .exercise import exercise, expect
 from .schemes import init_weights
 
@@ -29,6 +30,7 @@ class _Residual(nn.Module):   # what all residual nets share: stages of blocks, 
         def one(stride, shortcut, dilation): return block(self.inplanes, planes, stride, shortcut, self.groups,
                                                           self.base_width, dilation, self._norm_layer)
         before, out = self.dilation, planes*block.expansion
+        verify_classes(blocks, f'layers[{len(self._stages)}]')
         if dilate: self.dilation, stride = before*stride, 1       # no step, so later windows spread instead
         fits = stride == 1 and self.inplanes == out
         first = one(stride, None if fits else self._shortcut(out, stride), before)
@@ -38,9 +40,11 @@ class _Residual(nn.Module):   # what all residual nets share: stages of blocks, 
         setattr(self, self._stages[-1], stage)
 
     def _finish(self, num_classes, zero_init_residual):
-        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(self.inplanes, num_classes)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(self.inplanes, verify_classes(num_classes))
         if zero_init_residual and getattr(self.bn1, 'weight', None) is None:
             raise ValueError(f'norm_layer: expected one with weights to begin at zero, got {self.bn1}')
+        if zero_init_residual and any(isinstance(m, PlainBlock) for m in self.modules()):
+            raise ValueError('zero_init_residual: expected blocks with a skip, got PlainBlock')
         init_weights(self, 'resnet', zero_init_residual=zero_init_residual)
 
     def forward_features(self, x: Tensor) -> Tensor:   # (B, 3, H, W) -> (B, C, h, w), the last map
@@ -53,12 +57,6 @@ class _Residual(nn.Module):   # what all residual nets share: stages of blocks, 
         return self.fc(self.avgpool(self.forward_features(x)).flatten(1))
 
 
-def _whole(**values):
-    for name, value in values.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f'{name}: expected a whole number from 1 on, got {value!r}')
-
-
 class CifarResNet(_Residual):
     "A residual net for small images (He et al. 2016, section 4.2): no early pooling, shortcuts without weights."
     def __init__(self,
@@ -69,7 +67,8 @@ class CifarResNet(_Residual):
         zero_init_residual: bool = False,   # begin with silent branches
         norm_layer: Callable[[int], nn.Module] | None = None,   # channels -> module; None: BatchNorm2d
     ):
-        _whole(num_classes=num_classes, width=width, **{f'layers[{k}]': n for k, n in enumerate(layers)})
+        if len(layers) < 1: raise ValueError(f'layers: expected at least one number of blocks, got {list(layers)}')
+        verify_classes(width, 'width')
         super().__init__(width, conv3x3(3, width), norm_layer=norm_layer)
         for k, n in enumerate(layers): self._make_layer(block, width*2**k, n, 2 if k else 1)
         self._finish(num_classes, zero_init_residual)
@@ -77,10 +76,24 @@ class CifarResNet(_Residual):
     def _shortcut(self, planes, stride): return PadShortcut(self.inplanes, planes, stride)
 
 
-def resnet20(num_classes: int = 10) -> CifarResNet: return CifarResNet(BasicBlock, [3]*3, num_classes)
-def resnet32(num_classes: int = 10) -> CifarResNet: return CifarResNet(BasicBlock, [5]*3, num_classes)
-def resnet44(num_classes: int = 10) -> CifarResNet: return CifarResNet(BasicBlock, [7]*3, num_classes)
-def resnet56(num_classes: int = 10) -> CifarResNet: return CifarResNet(BasicBlock, [9]*3, num_classes)
+def resnet20(num_classes: int = 10) -> CifarResNet:
+    "20 layers for images of 32 x 32 or so: 3 blocks a stage."
+    return CifarResNet(BasicBlock, [3]*3, num_classes)
+
+
+def resnet32(num_classes: int = 10) -> CifarResNet:
+    "32 layers for images of 32 x 32 or so: 5 blocks a stage."
+    return CifarResNet(BasicBlock, [5]*3, num_classes)
+
+
+def resnet44(num_classes: int = 10) -> CifarResNet:
+    "44 layers for images of 32 x 32 or so: 7 blocks a stage."
+    return CifarResNet(BasicBlock, [7]*3, num_classes)
+
+
+def resnet56(num_classes: int = 10) -> CifarResNet:
+    "56 layers for images of 32 x 32 or so: 9 blocks a stage."
+    return CifarResNet(BasicBlock, [9]*3, num_classes)
 
 # %% ../nbs/14b_resnet.ipynb #tidy
 def tidy_names(
@@ -88,12 +101,16 @@ def tidy_names(
     rename: dict[str, str] | None = None,  # first part of a name -> ours, such as {'linear': 'fc'}
 ) -> dict[str, Tensor]:
     "Names without the `module.` of DataParallel, and with our words for whole layers."
+    if not isinstance(state, Mapping): raise TypeError(f'state: expected a dict, got {type(state).__name__}')
     if not all(isinstance(t, Tensor) for t in state.values()):
         raise TypeError(f"state: expected names and tensors, got keys {list(state)[:5]}: take its 'state_dict'?")
     def tidy(name):
         first, dot, rest = name.removeprefix('module.').partition('.')
         return (rename or {}).get(first, first) + dot + rest
-    return {tidy(name): t for name, t in state.items()}
+    tidied = {tidy(name): t for name, t in state.items()}
+    if len(tidied) < len(state):
+        raise ValueError(f'state: expected names that stay different, got {len(tidied)} of {len(state)}')
+    return tidied
 
 # %% ../nbs/14b_resnet.ipynb #large
 class ResNet(_Residual):
@@ -111,7 +128,6 @@ class ResNet(_Residual):
         dilate = (False,)*3 if replace_stride_with_dilation is None else tuple(replace_stride_with_dilation)
         if len(dilate) != 3: raise ValueError(f'replace_stride_with_dilation: expected 3 values, got {dilate}')
         if len(layers) != 4: raise ValueError(f'layers: expected 4 numbers of blocks, got {list(layers)}')
-        _whole(num_classes=num_classes, **{f'layers[{k}]': n for k, n in enumerate(layers)})
         super().__init__(64, nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), groups, width_per_group, norm_layer)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         for k, n in enumerate(layers): self._make_layer(block, 64*2**k, n, 2 if k else 1, k > 0 and dilate[k - 1])
@@ -121,23 +137,28 @@ class ResNet(_Residual):
         return nn.Sequential(conv1x1(self.inplanes, planes, stride), self._norm_layer(planes))
 
 
-def resnet18(num_classes: int = 1000, **options) -> ResNet:   # options of ResNet
+def resnet18(num_classes: int = 1000, **options) -> ResNet:
+    "18 layers in basic blocks; options of ResNet."
     return ResNet(BasicBlock, [2, 2, 2, 2], num_classes, **options)
 
 
 def resnet34(num_classes: int = 1000, **options) -> ResNet:
+    "34 layers in basic blocks; options of ResNet."
     return ResNet(BasicBlock, [3, 4, 6, 3], num_classes, **options)
 
 
 def resnet50(num_classes: int = 1000, **options) -> ResNet:
+    "50 layers in bottlenecks; options of ResNet."
     return ResNet(Bottleneck, [3, 4, 6, 3], num_classes, **options)
 
 
 def resnet101(num_classes: int = 1000, **options) -> ResNet:
+    "101 layers in bottlenecks; options of ResNet."
     return ResNet(Bottleneck, [3, 4, 23, 3], num_classes, **options)
 
 
 def resnet152(num_classes: int = 1000, **options) -> ResNet:
+    "152 layers in bottlenecks; options of ResNet."
     return ResNet(Bottleneck, [3, 8, 36, 3], num_classes, **options)
 
 # %% ../nbs/14b_resnet.ipynb #checks
@@ -175,6 +196,7 @@ def check_map_side(answer: Callable):   # (pixels, stages dilated) -> side of a 
     expect(answer(224, 2) != 7, 'a dilated stage does not halve the map')
     expect(answer(224, 0) != 28, 'the stem and its pooling halve the map before the stages do')
     expect([answer(224, 0), answer(225, 0), answer(224, 2)] == [7, 8, 28], 'expected 7, 8 and 28')
+    expect([answer(n, d) for n in (1, 33, 97) for d in (1, 3)] == [1, 1, 3, 9, 7, 25], 'try sides of 1, 33 and 97 too')
 
 
 def _moved(net, x, y, all_of_them=False):

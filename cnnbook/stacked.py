@@ -27,7 +27,7 @@ class ConvNorm(nn.Module):
                  given: int,    # channels of the output
                  window: int | tuple[int, int] = 1,   # (height, width) of the filter
                  stride: int = 1,
-                 pad: bool = True):   # keep the side (at stride 1)
+                 pad: bool = True):   # keep the side (at stride 1, for odd windows)
         super().__init__()
         window = (window, window) if isinstance(window, int) else window
         self.conv = nn.Conv2d(taken, given, window, stride, tuple(k//2 for k in window) if pad else 0, bias=False)
@@ -112,7 +112,8 @@ class SmallInception(nn.Module):
                  in_channels: int = 3):   # of the image
         super().__init__()
         self.features = nn.Sequential(OrderedDict(
-            stem=ConvNorm(in_channels, 48, 3), mixed_a=InceptionA(48, 32),           # (B, 256, H, W)
+            stem=ConvNorm(verify_classes(in_channels, 'in_channels'), 48, 3),
+            mixed_a=InceptionA(48, 32),                                              # (B, 256, H, W)
             reduce=InceptionB(256), mixed_c=InceptionC(736, 64)))                    # (B, 768, H', W')
         self.fc = nn.Linear(768, verify_classes(num_classes))
 
@@ -132,6 +133,7 @@ class DenseLayer(nn.Module):
                  growth: int = 32,    # channels that it adds
                  drop_rate: float = 0.):  # share of the new values set to zero in training
         super().__init__()
+        if not 0 <= drop_rate <= 1: raise ValueError(f'drop_rate: expected a share from 0 to 1, got {drop_rate}')
         self.norm1, self.relu1 = nn.BatchNorm2d(taken), nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(taken, 4*growth, 1, bias=False)
         self.norm2, self.relu2 = nn.BatchNorm2d(4*growth), nn.ReLU(inplace=True)
@@ -144,7 +146,7 @@ class DenseLayer(nn.Module):
 
 class DenseBlock(nn.ModuleDict):
     "Each layer reads the input and all that the layers before it gave."
-    def __init__(self, layers: int, taken: int, growth: int = 32, drop_rate: float = 0.):
+    def __init__(self, layers: int, taken: int, growth: int = 32, drop_rate: float = 0.):   # as in DenseLayer
         super().__init__({f'denselayer{k + 1}': DenseLayer(taken + k*growth, growth, drop_rate) for k in range(layers)})
 
     def forward(self, x: Tensor) -> Tensor:   # (B, taken, H, W) -> (B, taken + layers*growth, H, W)
@@ -163,7 +165,8 @@ class DenseNet(nn.Module):
         width, parts = 64, OrderedDict(conv0=nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm0=nn.BatchNorm2d(64),
                                        relu0=nn.ReLU(inplace=True), pool0=nn.MaxPool2d(3, 2, 1))
         for k, layers in enumerate(blocks, 1):
-            parts[f'denseblock{k}'] = DenseBlock(layers, width, growth, drop_rate)
+            verify_classes(layers, f'blocks[{k - 1}]')
+            parts[f'denseblock{k}'] = DenseBlock(layers, width, verify_classes(growth, 'growth'), drop_rate)
             width += layers*growth
             if k == len(blocks): break
             parts[f'transition{k}'] = nn.Sequential(OrderedDict(
@@ -252,8 +255,10 @@ def check_old_names(answer: Callable):  # state with names like 'norm.1' -> stat
     "Exercise of chapter 13f: DenseNet's names as they were published."
     ends = 'norm.1.weight', 'conv.1.weight', 'norm.2.bias', 'conv.2.weight'
     old = [f'features.denseblock1.denselayer1.{e}' for e in ends] + ['features.transition.10.bias']
-    got = list(answer({k: 0 for k in old}))
+    named = answer({k: i for i, k in enumerate(old)})
+    got = list(named)
     expect(not any('norm.1' in k or 'norm.2' in k for k in got), 'norm.1 is still there')
     expect(not any('conv.1' in k or 'conv.2' in k for k in got), 'conv.1 is still there')
     expect(got[-1] == old[-1], 'names without norm or conv stay untouched')
     expect(got == [k.replace('m.', 'm').replace('v.', 'v') for k in old[:4]] + old[4:], f'the names are {got}')
+    expect(list(named.values()) == [0, 1, 2, 3, 4], 'each name keeps its tensor')

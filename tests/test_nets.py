@@ -1,4 +1,5 @@
 """The named networks against torchvision: same names, same numbers and the real weights."""
+import copy
 import os
 from pathlib import Path
 
@@ -43,8 +44,35 @@ def test_blocks_bear_the_names_of_inception_v3():
     with torch.device('meta'):
         theirs = torchvision.models.inception_v3(init_weights=False)
         for name, ours in {'Mixed_5b': nets.InceptionA(192, 32), 'Mixed_6a': nets.InceptionB(288),
-                           'Mixed_6c': nets.InceptionC(768, 160)}.items():
+                           'Mixed_6c': nets.InceptionC(768, 160), 'Mixed_7a': nets.InceptionD(768),
+                           'Mixed_7b': nets.InceptionE(1280)}.items():
             ours.load_state_dict(getattr(theirs, name).state_dict(), assign=True)
+
+
+@pytest.mark.parametrize('name', ['squeezenet1_0', 'squeezenet1_1', 'densenet121'])
+def test_born_as_torchvision(name):
+    "The last fire module takes as many channels as the class maps do and must not be taken for them."
+    born = []
+    for module in (nets, torchvision.models):
+        torch.manual_seed(0)
+        born.append(getattr(module, name)(num_classes=3).state_dict())
+    assert all(torch.equal(t, born[1][n]) for n, t in born[0].items())
+
+
+SMALL = [(nets.lenet5, (1, 32, 32)), (nets.squeezenet1_1, (3, 40, 52)), (nets.small_inception, (3, 17, 20)),
+         (lambda k: nets.DenseNet((2, 2), 8, k), (3, 40, 33))]
+
+
+@pytest.mark.parametrize('make, size', SMALL)
+def test_one_class_no_image_and_other_precisions(make, size):
+    net = make(1)
+    for kind in (torch.float64, torch.bfloat16):
+        other = copy.deepcopy(net).to(kind).eval()
+        for n in (2, 0): assert other(torch.zeros(n, *size, dtype=kind)).shape == (n, 1)
+    again = copy.deepcopy(net)
+    again.load_state_dict(net.state_dict())
+    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with eval_mode(net), eval_mode(again), torch.no_grad(): assert torch.equal(net(x), again(x))
 
 
 def test_building_leaves_the_random_state_to_the_caller():
