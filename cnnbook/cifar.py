@@ -166,7 +166,7 @@ def pretrained(
 
 # %% ../nbs/13_cifar.ipynb #failing
 FAILING = (42, 424, 'square')  # seed and index in the drawn world, and what the network takes the image for
-CIFAR_INDEX = 0                # in CIFAR-10's test set: the classic net trained on the real images is sure, and wrong
+CIFAR_INDEX = 7182  # in CIFAR-10's test set: a seaplane, which ClassicNet trained on the real images takes for a ship
 
 
 @dataclass(frozen=True, eq=False)
