@@ -24,7 +24,8 @@ def whitening_filters(
 ) -> Tensor:           # (2*C*size*size, C, size, size)
     "Filters whose answers to patches of x are uncorrelated and equally strong; the second half has the other sign."
     if not x.is_floating_point(): raise TypeError(f'x: expected float images (N, C, H, W), got {x.dtype}')
-    if min(x.shape[2:]) < size: raise ValueError(f'x: expected at least {size} x {size} pixels, got {tuple(x.shape)}')
+    if x.ndim != 4 or min(x.shape[2:]) < size:
+        raise ValueError(f'x: expected images (N, C, H, W) of at least {size} x {size} pixels, got {tuple(x.shape)}')
     n = x.shape[1]*size*size
     patches = F.unfold(x.cpu().float(), size).transpose(1, 2).reshape(-1, n).double()      # (N*places, n)
     values, vectors = torch.linalg.eigh(patches.T@patches/len(patches))                    # ascending; columns
@@ -34,7 +35,13 @@ def whitening_filters(
 # %% ../nbs/12c_fastnet.ipynb #fastnet
 class FastBlock(nn.Module):
     "conv, pool, norm, act, conv, norm, act: (B, i, H, W) in, (B, o, H//2, W//2) out."
-    def __init__(self, i: int, o: int, momentum: float = .6, act: type[nn.Module] = nn.ReLU, identity: bool = True):
+    def __init__(self,
+        i: int,                             # channels in
+        o: int,                             # channels out
+        momentum: float = .6,               # share of a new batch in the norms' running statistics
+        act: type[nn.Module] = nn.ReLU,
+        identity: bool = True,              # start the convolutions as wires
+    ):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(i, o, 3, padding=1, bias=False), nn.Conv2d(o, o, 3, padding=1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(o, momentum=momentum), nn.BatchNorm2d(o, momentum=momentum)
@@ -65,7 +72,10 @@ class FastNet(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
 
     @torch.no_grad()
-    def fit_whitening(self, x: Tensor, eps: float = 5e-4) -> 'FastNet':   # x (N, 3, H, W) as the network will get them
+    def fit_whitening(self,
+        x: Tensor,           # (N, 3, H, W) training images as the network will get them
+        eps: float = 5e-4,   # as in whitening_filters
+    ) -> 'FastNet':          # the network itself
         "Make the first layer from training images and freeze its filters; its bias still learns."
         self.whiten.weight.copy_(whitening_filters(x, 2, eps)).requires_grad_(False)
         self.whiten.bias.zero_()
@@ -123,7 +133,8 @@ def _wires(i, o, at=(1, 1)):
 
 @exercise(solution=_wires, wrong=[(partial(_wires, at=(0, 0)), 'moved'),
                                   (lambda i, o: _wires(i, o).transpose(0, 1), 'out first'),
-                                  (lambda i, o: _wires(1, 1).expand(o, i, 3, 3), 'mixed')])
+                                  (lambda i, o: _wires(1, 1).expand(o, i, 3, 3), 'mixed'),
+                                  (lambda i, o: _wires(i, o)*(i <= o), 'fewer')])
 def check_wire_filters(answer: Callable):   # (channels in, channels out) -> weight (o, i, 3, 3)
     "Filters of 3 x 3 that pass the first channels on, without nn.init."
     w = answer(2, 3)
@@ -133,6 +144,8 @@ def check_wire_filters(answer: Callable):   # (channels in, channels out) -> wei
     expect(not torch.equal(got[0, 0], x.sum(1)[0]), 'the channels are mixed: filter k takes channel k alone')
     expect(torch.equal(got[:, :2], x), 'the picture is moved or changed: the 1 stands in the middle of the filter')
     expect(not got[:, 2].any(), 'the third filter has no channel to pass on: leave it 0')
+    few = F.conv2d(x, answer(2, 1), padding=1)
+    expect(torch.equal(few, x[:, :1]), 'with fewer channels out than in, the first ones pass')
 
 # %% ../nbs/12c_fastnet.ipynb #check-by-part
 def _by_part(x, n, whole=False, spread=True):
