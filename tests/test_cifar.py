@@ -13,7 +13,7 @@ from cnnbook import cifar
 from cnnbook.checkpoint import load_checkpoint
 from cnnbook.data import load, split
 from cnnbook.fastnet import FastNet, whitening_filters
-from cnnbook.recipe import CropLoader, Recipe, crops
+from cnnbook.recipe import CropLoader, Recipe, check_matched_rate, crops, triangle, triangle_rate
 from cnnbook.world import shapes
 
 SHORT = '''
@@ -134,6 +134,25 @@ def test_a_crop_depends_on_seed_epoch_and_index_alone():
         x = torch.cat([xb for xb, _ in loader])
         views.append(x[loader.order(3)[:len(x)].argsort()])
     assert torch.equal(*views)
+
+
+def test_a_rate_never_falls_below_its_end():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.)
+    moved = triangle_rate(optimizer, 5)
+    for _ in range(40):
+        optimizer.step()
+        moved.step()
+    assert optimizer.param_groups[0]['lr'] == triangle(5, 5) == pytest.approx(.07)
+
+
+def test_no_images_are_named():
+    none = shapes(4, size=16).subset(torch.tensor([], dtype=torch.int64))
+    with pytest.raises(ValueError, match='images: expected at least one'): CropLoader(none, [16])
+
+
+def test_a_near_miss_of_the_matched_rate_is_refused():
+    for near in (lambda lr, m, new: lr*new/(1 - m), lambda lr, m, new: new):    # right for a new momentum of .5
+        assert not check_matched_rate.judge(near)
 
 
 def test_whitening_of_random_images():
