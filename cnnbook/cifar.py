@@ -49,7 +49,7 @@ class ClassicNet(nn.Module):
         for k, (i, o) in enumerate(zip(widths, widths[1:]), 1):
             layers[f'conv{k}'] = nn.Conv2d(i, o, 3, padding=1)   # (i, H, W) -> (o, H, W)
             layers[f'pool{k}'] = nn.MaxPool2d(2)                 # -> (o, H//2, W//2)
-            layers[f'relu{k}'] = nn.ReLU()                       # behind the pool it has less to do, see below
+            layers[f'relu{k}'] = nn.ReLU()                       # behind the pool it has less to do, see above
         self.features = nn.Sequential(layers)
         in_features = 64*(h//8)*(w//8)                           # channels times height times width
         self.classifier = nn.Sequential(OrderedDict(
@@ -57,7 +57,7 @@ class ClassicNet(nn.Module):
             drop2=nn.Dropout(dropout), fc2=nn.Linear(512, num_classes)))
         for m in (*self.features, self.classifier.fc1):          # a ReLU follows: chapter 10
             if hasattr(m, 'weight'): nn.init.kaiming_normal_(m.weight, nonlinearity='relu'), nn.init.zeros_(m.bias)
-        nn.init.zeros_(self.classifier.fc2.weight)               # no class is preferred at the start
+        nn.init.zeros_(self.classifier.fc2.weight)               # the scores start near 0, all alike
 
     def forward(self, x):
         if x.shape[1:] != self.in_size:
@@ -196,11 +196,11 @@ def failing_image() -> Failing:
 # %% ../nbs/13_cifar.ipynb #check-flat-values
 @exercise(solution=lambda c, h, w, pools: c*(h//2**pools)*(w//2**pools),
           wrong=[(lambda c, h, w, pools: c*(h//2**pools), 'one side'),
-                 (lambda c, h, w, pools: c*h*w//4**pools, 'rounds down')])
+                 (lambda c, h, w, pools: c*h*w//4**pools, 'rounds down'), (lambda c, h, w, _: c*(h//2)*(w//2), 'then')])
 def check_flat_values(answer: Callable):   # (channels, height, width, pools) -> values that a linear layer takes
     "Size of the first linear layer."
     expect(answer(64, 32, 32, 3) != 64*4, 'that forgets one side: channels, height and width all count')
-    expect(answer(8, 16, 32, 1) == 8*8*16, 'each pool halves both sides: 16 x 32 becomes 8 x 16')
+    expect(answer(8, 16, 32, 2) == 8*4*8, 'each pool halves both sides: 16 x 32 becomes 8 x 16, then 4 x 8')
     expect(answer(1, 7, 7, 1) == 9, 'each pool rounds down: of 7 pixels 3 are left')
 
 # %% ../nbs/13_cifar.ipynb #check-surest-mistakes
@@ -233,10 +233,9 @@ def check_clipped_gradient(answer: Callable):   # (s (B, K), y (B,)) -> gradient
     "What a ReLU behind the last layer does to the gradient."
     s, y = torch.tensor([[2., -1, .5], [-3, 1, -2]]).requires_grad_(), torch.tensor([1, 1])
     nn.functional.cross_entropy(s.relu(), y, reduction='sum').backward()
-    with torch.no_grad():
-        got = answer(s.detach(), y)
-        expect((got[s < 0] == 0).all(), 'where a score is negative, the gradient does not pass the ReLU')
-        expect(torch.allclose(got, s.grad), 'the probabilities are those of the clipped scores')
+    got = answer(s.detach().clone(), y).detach()                          # by autograd, if somebody likes
+    expect((got[s < 0] == 0).all(), 'where a score is negative, the gradient does not pass the ReLU')
+    expect(torch.allclose(got, s.grad), 'the probabilities are those of the clipped scores')
 
 # %% ../nbs/13_cifar.ipynb #check-which-splits
 @exercise(solution={'scale': 'train', 'flips': 'train', 'epochs': 'valid', 'report': 'test'},

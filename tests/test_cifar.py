@@ -155,6 +155,15 @@ def test_a_near_miss_of_the_matched_rate_is_refused():
         assert not check_matched_rate.judge(near)
 
 
+def test_checks_take_other_forms_and_refuse_near_misses():
+    def by_autograd(s, y):
+        s.requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(s.relu(), y, reduction='sum'), s)[0]
+
+    assert cifar.check_clipped_gradient.judge(by_autograd)
+    assert not cifar.check_flat_values.judge(lambda c, h, w, pools: c*(h//2)*(w//2))
+
+
 def test_whitening_of_random_images():
     g = torch.Generator().manual_seed(0)
     for channels, size in ((1, 2), (3, 2), (2, 3)):
