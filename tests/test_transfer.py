@@ -15,6 +15,8 @@ from cnnbook.images import Images
 from cnnbook.transfer import (
     advise,
     backbone,
+    check_test_view,
+    check_told_apart,
     freeze,
     input_recipe,
     measure_cases,
@@ -189,6 +191,13 @@ def test_the_lines_for_photographs_run_with_a_real_network(photos):
     train_on(model, few, recipe.transform, 2, .001, batch_size=3)
     moved = {name for name, v in model.state_dict().items() if not torch.equal(v, was[name])}
     assert moved == {'classifier.1.weight', 'classifier.1.bias'}
+
+
+def test_checks_know_odd_margins_and_ranges_that_touch():
+    half_up = lambda n: (n + 1)//2
+    assert not check_test_view.judge(
+        lambda x, size: x[..., half_up(x.shape[-2] - size):, half_up(x.shape[-1] - size):][..., :size, :size])
+    assert not check_told_apart.judge(lambda a, b: min(a) >= max(b) or min(b) >= max(a))
 
 
 def test_all_names_are_offered_here():
