@@ -85,8 +85,9 @@ def share_right(
     transform: Callable,   # as in training
 ) -> float:                # 0 to 1
     "The share of images whose highest score is that of their class."
+    batches = Loader(images, transform=transform, device=next(model.parameters()).device)
     with eval_mode(model), torch.inference_mode():
-        return sum((model(x).argmax(1) == y).sum().item() for x, y in Loader(images, transform=transform))/len(images)
+        return sum((model(x).argmax(1) == y).sum().item() for x, y in batches)/len(images)
 
 # %% ../nbs/15_transfer.ipynb #ways
 def _by_codes(source, transform, layer, train, test, seed):
@@ -152,9 +153,8 @@ def measure_cases(
     scores = {}
     for similarity, (pool, test) in tasks.items():
         for many, per_class in sizes.items():
-            trains = [pick_few(pool, per_class, seed) for seed in seeds]
-            scores[many, similarity] = {name: tuple(float(way(few, test, k)) for few, k in zip(trains, seeds))
-                                        for name, way in ways.items()}
+            runs = [(pick_few(pool, per_class, seed), test, seed) for seed in seeds]
+            scores[many, similarity] = {name: tuple(float(way(*run)) for run in runs) for name, way in ways.items()}
     return Cases(scores)
 
 # %% ../nbs/15_transfer.ipynb #advise

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from cnnbook import transfer
-from cnnbook.data import split
+from cnnbook.data import Loader, split
 from cnnbook.folders import image_folder
 from cnnbook.images import Images
 from cnnbook.transfer import (
@@ -191,6 +191,22 @@ def test_the_lines_for_photographs_run_with_a_real_network(photos):
     train_on(model, few, recipe.transform, 2, .001, batch_size=3)
     moved = {name for name, v in model.state_dict().items() if not torch.equal(v, was[name])}
     assert moved == {'classifier.1.weight', 'classifier.1.bias'}
+
+
+def test_images_go_where_the_model_is(monkeypatch):
+    images, asked = pick_few(shapes(400, size=24, seed=4), 2), []
+
+    def spied(*args, device=None, **how):
+        asked.append(device)
+        return Loader(*args, **how)                                             # no GPU here: they stay on the CPU
+
+    class Elsewhere(nn.Module):
+        def parameters(self, recurse=True): return iter([torch.empty(0, device='meta')])
+        def forward(self, x): return torch.zeros(len(x), 10)
+
+    monkeypatch.setattr(transfer, 'Loader', spied)
+    share_right(Elsewhere(), images, lambda x: x)
+    assert asked == [torch.device('meta')]
 
 
 def test_checks_know_odd_margins_and_ranges_that_touch():
