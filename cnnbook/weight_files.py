@@ -7,6 +7,7 @@ __all__ = ['WeightsError', 'named_digest', 'read_weights', 'Report', 'load_weigh
            'check_all_or_nothing', 'check_survives_cast']
 
 # %% ../nbs/14bb_weight_files.ipynb #imports
+import io
 import re
 import zipfile
 from collections.abc import Callable
@@ -31,8 +32,8 @@ def named_digest(
     file: str,  # a file's name
 ) -> str:       # at least 8 hexadecimal digits, or '' if it carries none
     "The beginning of the sha256 that torchvision, timm and many authors put into a file's name."
-    found = re.search(r'-([0-9a-f]{8,64})\.[A-Za-z]\w*$', file)
-    day = '(19|20)[0-9]{2}(0[1-9]|1[0-2])([012][0-9]|3[01])'   # 20240131 is a day, 19584684 is vgg13's digest
+    found = re.search(r'-([0-9a-f]{8,64})(\.[A-Za-z]\w*)+$', file)
+    day = r'(19|20)\d\d(0[1-9]|1[0-2])([012]\d|3[01])(\d{4}|\d{6})?|00\d+'   # or a count; 19584684 is vgg13's digest
     return '' if not found or re.fullmatch(day, found[1]) else found[1]
 
 # %% ../nbs/14bb_weight_files.ipynb #readers
@@ -49,12 +50,13 @@ def _read_torch(f):
             if len(parts) > len({*z.namelist()}): raise ValueError('two parts of one name')
             if bad := z.testzip(): raise ValueError(f'a wrong checksum of {bad}')   # torch.load does not look
     f.seek(0)
-    return torch.load(f, map_location='cpu', weights_only=True)
+    return torch.load(io.BytesIO(f.read()) if head == _OLD else f, map_location='cpu', weights_only=True)   # no tar
 
 
 def _read_npz(f):
-    native = lambda a: torch.from_numpy(np.array(a, a.dtype.newbyteorder('='), order='C'))
-    with np.load(f, allow_pickle=False) as z: return {name: native(z[name]) for name in z.files}
+    with np.load(f, allow_pickle=False) as z:
+        if bad := z.zip.testzip(): raise ValueError(f'a wrong checksum of {bad}')   # too small a shape stops before it
+        return {k: torch.from_numpy(np.array(a, a.dtype.newbyteorder('='), order='C')) for k, a in z.items()}
 
 
 def _read_safetensors(f):
@@ -75,10 +77,9 @@ def read_weights(
     kind, got, want = path.suffix.lower(), sha256(path), (digest or named_digest(path.name)).lower()
     if kind not in _READERS: raise ValueError(f'path: expected one of {", ".join(_READERS)}, got {path.name}')
     with open(path, 'rb') as f:
-        if re.match(rb'\s*<[!?a-zA-Z]', f.read(64)): raise WeightsError(f'{path.name}: expected weights, got HTML')
+        if re.match(rb'\s*<[!?a-zA-Z]', f.peek(64)): raise WeightsError(f'{path.name}: expected weights, got HTML')
         if not got.startswith(want):
             raise WeightsError(f'{path.name}: expected sha256 {want}, got {got[:len(want)]}: damaged, or another file')
-        f.seek(0)
         try: return _READERS[kind](f), got
         except ImportError as e:
             raise ImportError(f'{path.name}: expected safetensors installed (pip install safetensors), got none') from e
@@ -181,8 +182,7 @@ def load_weights(
     digest: str = '',        # what the file's sha256 begins with; by default what its name says
 ) -> Report:
     "Load weights from a file; WeightsError, in words, if they are not those of this model."
-    path, ours = Path(path), _weights_of(model)
-    found, sha = read_weights(path, digest)
+    path, ours, (found, sha) = Path(path), _weights_of(model), read_weights(path, digest)
     try: inside, theirs = (way := _unwrap(found, key))[1], _tidy(way[0], rename)
     except ValueError as e: raise WeightsError(f'{path.name}: expected {e}') from None
     fits, report = _compare(path, sha, inside, ours, theirs)

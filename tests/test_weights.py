@@ -19,7 +19,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cnnbook import resnet, weights
+from cnnbook import resnet, weight_files, weights
 from cnnbook.blocks import BasicBlock
 from cnnbook.disk import sha256
 from cnnbook.files import DownloadError
@@ -241,6 +241,28 @@ def test_programs_and_strangers_are_refused(tmp_path):
     refused(net(), tmp_path/'packed.pth', 'a changed size')
     with pytest.raises(FileNotFoundError, match='expected a file'): load_weights(net(), tmp_path)
     with pytest.raises(ValueError, match='expected one of .npz'): load_weights(net(), __file__)
+
+
+def test_a_tar_that_begins_like_old_torch_is_not_opened(tmp_path, monkeypatch):
+    "Its first member is called by the bytes of torch's old beginning; up to torch 2.5.1 reading it could run code."
+    path, opened = tmp_path/'net.th', []
+    first = weight_files._OLD.decode('utf-8', 'surrogateescape')
+    with tarfile.open(path, 'w', format=tarfile.GNU_FORMAT) as t:
+        for name in (first, 'storages', 'tensors', 'pickle'): t.addfile(tarfile.TarInfo(name))
+    assert path.read_bytes().startswith(weight_files._OLD) and tarfile.is_tarfile(path)
+    monkeypatch.setattr(tarfile, 'open', lambda *args, **options: opened.append(args))
+    refused(net(), path, 'refused')
+    assert not opened
+
+
+@pytest.mark.parametrize('was,now', [(b"'<f4'", b"'<f2'"), (b'(300, 300)', b'(100, 300)')])
+def test_npz_whose_header_asks_for_less_is_refused(tmp_path, was, now):
+    "Of a large array numpy then reads a part, and never comes to the checksum."
+    np.savez(tmp_path/'net.npz', weight=np.ones((300, 300), '<f4'))
+    data = (tmp_path/'net.npz').read_bytes()
+    assert data.count(was) == 1
+    (tmp_path/'net.npz').write_bytes(data.replace(was, now))
+    with pytest.raises(WeightsError, match='a wrong checksum of weight.npy'): read_weights(tmp_path/'net.npz')
 
 
 @pytest.mark.parametrize('ending,n', [('.pth', 500), ('.npz', 150)])
