@@ -38,7 +38,6 @@ _SMALL = 'resnet20', 'resnet32', 'resnet44', 'resnet56'   # published for CIFAR-
 
 def _vision():   # torchvision's networks for whole images; imported late, as that takes a second
     from torchvision import models
-
     return models, models.list_models(module=models)
 
 
@@ -97,9 +96,8 @@ def find_weights(
 # %% ../nbs/14c_weights.ipynb #fetch
 def _fetch(name):   # bring the published weights of a network into the data root, by https and with their digest
     url, to = _url(name), data_root()/'weights'
-    file = url.rpartition('/')[2]
-    want, by_hand = named_digest(file), f'Put it by hand at {to/(file or name + ".pth")}'
-    if not url: raise FileNotFoundError(f'{name}: no weights here, and none are published. {by_hand}')
+    want, by_hand = named_digest(file := url.rpartition('/')[2]), f'Put it by hand at {to/(file or name + ".pth")}'
+    if not url: raise FileNotFoundError(f'{name}: no weights here, and no address of any. {by_hand}')
     if not want or not url.startswith(('https:', 'file:')):
         raise WeightsError(f'url: expected https and a name with a digest, such as -5c106cde.pth, got {url}. {by_hand}')
     if os.environ.get('CNNBOOK_OFFLINE', '0') not in ('', '0') and not url.startswith('file:'):
@@ -157,7 +155,8 @@ def input_recipe(
     if weights in _SMALL: return InputRecipe(32, (.485, .456, .406), (.229, .224, .225))
     if isinstance(weights, str):
         name = weights
-        weights = _vision()[0].get_weight(name) if '_Weights.' in name else _enum(name)
+        try: weights = _vision()[0].get_weight(name) if '_Weights.' in name else _enum(name)
+        except (KeyError, ValueError): weights = None   # torchvision knows no such weights
         if weights is None and name in _OWN: raise ValueError(f'weights: expected published ones, got none for {name}')
         if weights is None and (cfg := _timm(name)):
             size = cfg.input_size[-1]
@@ -217,8 +216,7 @@ def check_undo_recipe(answer: Callable):   # (z (B, 3, H, 3), mean (3,), std (3,
     "Exercise of chapter 14c: back to what a person can look at."
     x, mean, std = torch.arange(18.).view(1, 3, 2, 3)/18, torch.tensor([.5, .4, .3]), torch.tensor([.2, .25, .5])
     m, s, near = mean.view(3, 1, 1), std.view(3, 1, 1), lambda a, b: a.shape == b.shape and torch.allclose(a, b)
-    z = (x - m)/s
-    got = answer(z, mean, std)
+    got = answer(z := (x - m)/s, mean, std)
     expect(not near(got, z*std + mean), 'the numbers run along the width: give them the shape (3, 1, 1)')
     expect(not near(got, z/s + m), 'it was divided by std: multiply')
     expect(not near(got, (z + m)*s), 'the mean was taken away first, so it comes back last')
@@ -240,10 +238,12 @@ def check_middle_crop(answer: Callable):   # (x (B, C, H, W), size) -> its middl
 
 @exercise(solution=lambda file, names: max((n for n in names if file.startswith(n)), key=len, default=None),
           wrong=[(lambda file, names: [n for n in names if file.startswith(n)][0], 'longer name'),
-                 (lambda f, names: max((n for n in names if n in f), key=len), 'begins')])
+                 (lambda f, names: max((n for n in names if n in f), key=len), 'begins'),
+                 (lambda f, names: max((n for n in names if f.startswith(n)), key=len, default=''), 'give None')])
 def check_whose_file(answer: Callable):   # (file name, names of networks) -> the network it is called after, or None
     "Exercise of chapter 14c: whose weights are these?"
     names = ['vgg11', 'vgg11_bn', 'vgg13']
     expect(answer('vgg11_bn-6002323d.pth', names) == 'vgg11_bn', 'vgg11_bn-6002323d.pth has a longer name to go by')
     expect(answer('my_vgg13.pth', ['vgg13', 'my']) == 'my', 'my_vgg13.pth begins with my')
     expect(answer('vgg11-8a719046.pth', names) == 'vgg11', 'vgg11-8a719046.pth belongs to vgg11')
+    expect(answer('lenet5.npz', names) is None, 'lenet5.npz is called after none of them: give None')
