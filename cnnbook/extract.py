@@ -127,8 +127,8 @@ def _kept(path, key, few, again):   # codes from the cache, if they are whole an
         state = load_checkpoint(path)
         if state.pop('key') != key: raise ValueError('it belongs to another key')
         codes = Codes(**{name: state[name] for name in ('x', 'y', 'classes', 'layer', 'source')})
-        fresh = again(few)
-        if torch.allclose(codes.x[:len(few)], fresh, 1e-3, 1e-4*float(fresh.abs().max())): return codes
+        was, now = codes.x[:len(few)], again(few)
+        if was.shape == now.shape and torch.allclose(was, now, 1e-3, 1e-4*float(now.abs().max())): return codes
         raise ValueError('the network now gives other codes')
     except (OSError, ValueError, TypeError, KeyError) as e:
         warnings.warn(f'codes in {path} are computed again: {e}', stacklevel=3)
@@ -215,25 +215,26 @@ def check_cache_key(answer: set[str]):   # letters of what the key of kept codes
     expect(got == {'a', 'c', 'd', 'f'}, f'{len({"a", "c", "d", "f"} - got)} is missing: what can change the numbers?')
 
 
-def _entering(model, name, x, copy=True, quiet=True, tidy=True):
+def _entering(model, name, x, copy=True, quiet=True, tidy=True, each=True):
     caught, modes = [], [(m, m.training) for m in model.modules()]
     keep = lambda m, inputs: caught.append(inputs[0].detach().clone() if copy else inputs[0].detach())
     hook = model.get_submodule(name).register_forward_pre_hook(keep)
     if quiet: model.eval()
     with torch.no_grad(): model(x)
-    for m, was in modes: m.training = was
+    for m, was in modes: m.training = was or not each
     if tidy: hook.remove()
     return caught[0]
 
 
 @exercise(solution=_entering, wrong=[(partial(_entering, copy=False), 'in place'),
-          (partial(_entering, quiet=False), 'dropout'), (partial(_entering, tidy=False), 'hook is still there')])
+          (partial(_entering, quiet=False), 'dropout'), (partial(_entering, tidy=False), 'hook is still there'),
+          (partial(_entering, each=False), 'of each layer')])
 def check_what_enters(answer: Callable):   # (model, name of a layer, x) -> what enters the layer
     "Exercise of chapter 14da: what enters a layer, by hand."
     model = nn.Sequential(nn.Flatten(), nn.Dropout(.9), nn.ReLU(inplace=True), nn.Flatten())
-    x = torch.linspace(-1, 1, 40).view(2, 4, 5)
+    x, _ = torch.linspace(-1, 1, 40).view(2, 4, 5), model[3].eval()
     with keep_rng(): got = answer(model, '2', x.clone())
     expect(not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules()), 'your hook is still there')
     expect(not torch.equal(got, x.flatten(1).relu()), 'the next layer works in place and wrote over it: copy')
     expect(torch.equal(got, x.flatten(1)), 'these are not the numbers of evaluation mode: is dropout on?')
-    expect(all(m.training for m in model.modules()), 'the mode was not put back')
+    expect([m.training for m in model.modules()] == [True]*4 + [False], 'the mode of each layer was not put back')

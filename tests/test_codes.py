@@ -126,6 +126,26 @@ def test_a_file_under_another_name_is_not_believed(tmp_path):
     with pytest.warns(UserWarning, match='belongs to another key'): extract_codes(net, images, cache=tmp_path/'b')
 
 
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x): return self.conv(x).mean((2, 3))
+
+
+def test_codes_of_another_width_are_not_believed(tmp_path):
+    "The same weights and the same print, and a forward that gives twice as many numbers."
+    torch.manual_seed(0)
+    net, images = Mean(), shapes(10, 16, seed=0)
+    wide = type('Mean', (Mean,), {'forward': lambda self, x: torch.cat([Mean.forward(self, x)]*2, 1)})()
+    wide.load_state_dict(net.state_dict())
+    codes = extract_codes(net, images, layer='', cache=tmp_path)
+    with pytest.warns(UserWarning, match='now gives other codes'):
+        again = extract_codes(wide, images, layer='', cache=tmp_path)
+    assert torch.equal(again.x, codes.x.repeat(1, 2))
+
+
 def test_a_buffer_outside_the_state_dict_is_part_of_the_key(tmp_path):
     net, images = small()
     net.register_buffer('shift', torch.zeros(1), persistent=False)
