@@ -199,15 +199,17 @@ def _vote(index, y, classes):
 
 @exercise(solution=_vote, wrong=[(lambda i, y, n: y[i[:, 0]], 'nearest alone'),
           (lambda i, y, n: y[i].float().mean(1).round().long(), 'mean of labels'),
-          (lambda i, y, n: i.float().mean(1).long(), 'rows')])
+          (lambda i, y, n: i.float().mean(1).long(), 'rows'),
+          (lambda i, y, n: [max(row, key=row.count) for row in y[i].tolist()], 'tie')])
 def check_neighbour_vote(answer: Callable):   # (index (Q, k), y (N,), number of classes) -> labels (Q,)
     "Exercise of chapter 14e: k neighbours vote."
-    y, index = torch.tensor([0, 2, 2, 0, 1]), torch.tensor([[0, 1, 2], [1, 3, 0], [4, 2, 4]])
-    got = answer(index, y, 3).tolist()
+    y, index = torch.tensor([0, 2, 2, 0, 1]), torch.tensor([[0, 1, 2], [1, 3, 0], [4, 2, 4], [4, 1, 0]])
+    got = torch.as_tensor(answer(index, y, 3)).tolist()
     expect(got != y[index[:, 0]].tolist(), 'that is the nearest alone: let all k vote')
-    expect(got != [1, 1, 1], 'the mean of labels 0 and 2 is 1, a class that nobody named: count votes')
+    expect(got != [1, 1, 1, 1], 'the mean of labels 0 and 2 is 1, a class that nobody named: count votes')
     expect(got != index.float().mean(1).long().tolist(), 'these are rows of the table, not labels')
-    expect(got == [2, 0, 1], f'the votes are 0 2 2, 2 0 0 and 1 2 1: got {got}')
+    expect(got[:3] == [2, 0, 1], f'the votes are 0 2 2, 2 0 0 and 1 2 1: got {got[:3]}')
+    expect(got == [2, 0, 1, 0], f'the votes 1 2 0 are a tie, which the smallest number wins: got {got[3:]}')
 
 
 def _left_out(x, y, own=torch.inf, scale=True):
