@@ -108,7 +108,7 @@ def _tidy(state, rename=None):
     for name, value in state.items():
         short = re.sub(r'^(module\.)+', '', str(name).replace('_orig_mod.', ''))
         first, dot, rest = re.sub(r'(denselayer\d+\.(?:norm|conv))\.([12]\.)', r'\1\2', short).partition('.')
-        short = (rename or {}).get(first, first) + dot + rest
+        short = ((rename or {}).get(first, first) + dot + rest).removeprefix('.')   # renamed to '': dropped
         if short in tidy: raise ValueError(f'one weight for each name, got two for {short}')
         tidy[short] = value
     return tidy
@@ -177,7 +177,7 @@ def load_weights(
     model: nn.Module,        # stays as it is, to the last bit, if anything is refused
     path: Path | str,        # see `read_weights`
     strict: bool = True,     # False: load what fits by name and shape, and report the rest
-    rename: dict[str, str] | None = None,  # first part of a name in the file -> ours, such as {'linear': 'fc'}
+    rename: dict[str, str] | None = None,  # first part of names in the file -> ours ('' drops it): {'linear': 'fc'}
     key: str | None = None,  # where in the file the weights stand; by default looked for
     digest: str = '',        # what the file's sha256 begins with; by default what its name says
 ) -> Report:
