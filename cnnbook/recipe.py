@@ -148,7 +148,7 @@ class Recipe:
     widths: tuple[int, ...] = (32, 128, 128)
     momentum: float = .85          # of SGD
     norm_lr: float = 64.           # the norms' rate is so many times higher
-    norm_momentum: float = .6      # share of a new batch in the norms' running statistics
+    norm_momentum: float = .4      # share of a new batch in the norms' running statistics
     act: str = 'ReLU'              # its class in torch.nn
     factor: float = 1/9            # of the logits
     whiten: bool = True            # make the first layer from the images
