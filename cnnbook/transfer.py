@@ -72,7 +72,8 @@ def train_on(
     "AdamW and one cycle of the rate, for all that is not frozen."
     loader = Loader(images, batch_size, augment, transform, shuffle=True, seed=seed)
     learn = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(lr if isinstance(lr, list) else [{'params': learn, 'lr': lr}], weight_decay=.01)
+    groups = lr if isinstance(lr, list) else [{'params': learn, 'lr': lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=.01, fused=True)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g['lr'] for g in optimizer.param_groups], steps)
     trainer = Trainer(max_epochs=None, max_steps=steps, channels_last=True, enable_progress_bar=False)
     trainer.fit(model, loader, None, optimizer, nn.CrossEntropyLoss(), rates, interval='step')
@@ -106,7 +107,7 @@ def transfer_ways(
     fresh: Callable,       # number of classes -> such a network with random weights, for the control
     transform: Callable,   # (B, C, H, W) in 0..1 -> what the source was trained on
     until: str,            # the stage that 'early head' keeps, with all below, and 'upper' holds still
-    steps: Callable = lambda n: 60 if n < 500 else 150,   # number of images -> steps of the optimizer
+    steps: Callable = lambda n: 30 if n < 50 else 45 if n < 500 else 110,   # number of images -> steps of the optimizer
     lr: float = .01,       # of the head, and of all in a fresh one; each tuned stage has half of the next one's
 ) -> dict[str, Callable]:  # name -> f(train, test, seed), which gives the share right on test
     "Head, early head, upper, all, and from scratch, ready for `measure_cases`."
