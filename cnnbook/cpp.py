@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'TROUBLES', 'find_tool', 'missing_tools', 'Trouble', 'explain_build', 'BuildError', 'build_module',
-           'import_file', 'fits_this_python', 'is_stale', 'check_ending', 'check_joined_path', 'check_needs_build',
+           'import_file', 'fits_this_python', 'is_stale', 'check_file_ending', 'check_joined_path', 'check_needs_build',
            'check_error_line']
 
 # %% ../nbs/20z_cpp.ipynb #imports
@@ -145,7 +145,7 @@ def is_stale(
 
 # %% ../nbs/20z_cpp.ipynb #checks
 @exercise(solution='another Python', wrong=[('no compiler', 'was built'), ('PYTHONPATH', 'lies in a folder')])
-def check_ending(answer: str):   # 'no compiler', 'PYTHONPATH' or 'another Python'
+def check_file_ending(answer: str):   # 'no compiler', 'PYTHONPATH' or 'another Python'
     "Exercise of chapter 20z: add.cpython-312-darwin.so lies there, and Python 3.11 finds no module add."
     expect(answer != 'no compiler', 'the file is there, so it was built')
     expect(answer != 'PYTHONPATH', 'the file lies in a folder that is searched first')
