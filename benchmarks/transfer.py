@@ -1,6 +1,7 @@
 """SqueezeNet's ImageNet weights on real photographs of five flowers, three seeds: a new head alone, codes with a linear
 probe, fine-tuning, and the same network from random weights. 1,000 photographs to learn from, 250 to test, read once a
-seed. Settings were chosen on photographs cut from the 1,000; the probe's penalty is chosen so in the run itself.
+seed. Settings were chosen on photographs cut from the 1,000, but for fine-tuning's rate, which is the usual one; the
+probe's penalty is chosen so in the run itself.
 
 It wants $CNNBOOK_DATA with flower_photos/train and flower_photos/test (a folder a class) and weights/squeezenet1_0*.
 Each part is printed and noted in out/transfer.json; a run that was broken off goes on there.
