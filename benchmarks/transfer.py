@@ -26,7 +26,7 @@ from cnnbook.folders import image_folder
 from cnnbook.heads import freeze, parameter_groups, replace_head
 from cnnbook.weights import backbone, input_recipe
 
-NAME = 'squeezenet1_0'
+NAME, BATCH = 'squeezenet1_0', 10   # the same batch for a pass and for training, or their times could not be compared
 GRID = .001, .003, .01, .03   # penalties that a probe is tried with
 OUT = Path(__file__).resolve().parent.parent/'out'
 
@@ -51,7 +51,7 @@ def halved(images):
     return replace(images, x=nn.functional.avg_pool2d(images.x.float(), 2).round().to(torch.uint8))
 
 
-def fit(model, images, groups, epochs, seed, batch_size=10, transform=prepared):
+def fit(model, images, groups, epochs, seed, batch_size=BATCH, transform=prepared):
     "Adam with a warm start and a cosine end, photographs mirrored at random; seconds."
     batches = Loader(images, batch_size, Augment(flip=True), transform, shuffle=True, seed=seed)
     optimizer = torch.optim.AdamW(groups)
@@ -118,7 +118,8 @@ def from_scratch(train, test, seed):
     return {'accuracy': accuracy(model, halved(test), plain), 'seconds': seconds}
 
 
-def codes_of(images): return extract_codes(backbone(NAME), images, transform=prepared, cache=OUT/'codes')
+def codes_of(images): return extract_codes(backbone(NAME), images, batch_size=BATCH, transform=prepared,
+                                          cache=OUT/'codes')
 
 
 def timed(f, *args):
