@@ -146,11 +146,13 @@ template <class Item>
 template <class Done>
 void Near<Item>::each(const Item& item, Done done) {
     const Shape s(item);
+    if (s.w < no_side || s.h < no_side) return;
+    const double round_x = 1e-15 * std::abs(s.x), round_y = 1e-15 * std::abs(s.y);  // centres are rounded
     for (const Class& c : classes_) {
         if (c.width < share_ * s.w || s.w < share_ * c.width / 4 || c.height < share_ * s.h ||
             s.h < share_ * c.height / 4)
             continue;
-        const double dx = reach(s.w, c.width, share_), dy = reach(s.h, c.height, share_);
+        const double dx = reach(s.w, c.width, share_) + round_x, dy = reach(s.h, c.height, share_) + round_y;
         if (s.x + dx < c.x1 || s.x - dx > c.x2 || s.y + dy < c.y1 || s.y - dy > c.y2) continue;
         const std::int64_t c0 = step(s.x - dx - c.x1, c.per_x), r0 = step(s.y - dy - c.y1, c.per_y);
         const std::int64_t c1 = std::min(step(s.x + dx - c.x1, c.per_x), c.columns - 1);

@@ -10,8 +10,9 @@ namespace cnnbook {
 
 namespace {
 
-constexpr double flat = 1e-9;   // an area below this share of the squared diagonal is none
-constexpr double dent = -1e-6;  // a corner may point in by this share of the area: rounding, not shape
+constexpr double flat = 1e-9;    // an area below this share of the squared diagonal is none
+constexpr double tiny = 1e-260;  // twice an area below this: its digits are lost, so it is none
+constexpr double dent = -1e-6;   // a corner may point in by this share of the area: rounding, not shape
 
 double cross(Point a, Point b) { return a.x * b.y - a.y * b.x; }
 Point minus(Point a, Point b) { return {a.x - b.x, a.y - b.y}; }
@@ -67,7 +68,7 @@ QuadFault arrange(Quad& quad) {
     // Four points have three orders that are not the same ring turned or reversed.
     static constexpr int orders[3][4] = {{0, 1, 2, 3}, {0, 2, 1, 3}, {0, 1, 3, 2}};
     const Bounds box = bounds(quad);
-    const double w = box.x2 - box.x1, h = box.y2 - box.y1, least = flat * (w * w + h * h);
+    const double w = box.x2 - box.x1, h = box.y2 - box.y1, least = std::max(flat * (w * w + h * h), tiny);
     QuadFault fault = QuadFault::area;
     for (const auto& order : orders) {
         Quad q{{quad.p[order[0]], quad.p[order[1]], quad.p[order[2]], quad.p[order[3]]}};

@@ -231,6 +231,30 @@ def test_fault_61_values_of_quads_scores_and_thresholds(cpp):
 
 
 @pytest.mark.parametrize('cpp', BOTH)
+def test_fault_61_what_has_lost_its_digits_is_treated_alike(cpp):
+    thin = np.array([(0, 0, 1e-150, 4), (0, 0, 4, 4)])                       # the first has no area
+    for boxes in (thin, thin[:, [1, 0, 3, 2]]):
+        for scores in ([2., 1], [1., 2]): assert len(version('nms', cpp)(boxes, np.array(scores), 0)) == 2
+    for name in ('quad_nms', 'lanms'):
+        with pytest.raises(ValueError, match='quads: expected corners around an area'):
+            version(name, cpp)(np.stack([SQUARE, SQUARE])*1e-131, np.ones(2), .5)
+    assert version('quad_nms', cpp)(np.stack([SQUARE, SQUARE + .5])*1e-129, np.ones(2), .5).tolist() == [0]
+
+
+@needs_cext
+def test_boxes_of_a_few_last_digits_equal_the_twin():
+    "Near 2**52 a double counts in ones, so the centre of a box is rounded by as much as half its width."
+    far = np.array([(2, 0, 3, 1), (2, 0, 5, 1), (-1, 0, 1, 1)]) + np.array([2.**52, 0, 2.**52, 0])
+    assert CEXT.nms(far, np.array([.9, .8, .1]), .3).tolist() == [0, 2]
+    r = np.random.default_rng(7)
+    for k in range(3000):
+        x, w, y = r.integers(0, 12, 8), r.integers(1, 6, 8), np.zeros(8)
+        boxes = np.stack([x, y, x + w, y + 1], 1) + np.array([2.**52, 0, 2.**52, 0])*(-1)**k
+        scores, t = r.permutation(8)/8, float(r.choice([0, .1, .15, .2, .25, .3, .4, .6]))
+        assert np.array_equal(CEXT.nms(boxes, scores, t), nms_numpy(boxes, scores, t)), k
+
+
+@pytest.mark.parametrize('cpp', BOTH)
 def test_fault_63_merging(cpp):
     merge = version('lanms', cpp)
     near = np.stack([SQUARE, SQUARE + [1, 0]])
