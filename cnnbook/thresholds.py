@@ -246,7 +246,8 @@ def check_zero_misses(answer: int):  # the least number of patients
 
 @exercise(solution=lambda ppv, sens, share: 1 - share*sens*(1 - ppv)/(ppv*(1 - share)),
           wrong=[(lambda v, sens, share: share*sens*(1 - v)/(v*(1 - share)), 'false alarms'),
-                 (lambda v, sens, share: 1 - sens*(1 - v)/v, 'prevalence'), (lambda v, sens, share: v, 'PPV itself')])
+                 (lambda v, sens, share: 1 - sens*(1 - v)/v, 'prevalence'), (lambda v, sens, share: v, 'PPV itself'),
+                 (lambda v, sens, share: 1 - share*sens*v/((1 - v)*(1 - share)), 'fewer')])
 def check_needed_specificity(answer):  # (PPV wanted, sensitivity, prevalence) -> specificity
     "The specificity that a screening needs."
     got = answer(.5, .9, .01)
@@ -254,10 +255,14 @@ def check_needed_specificity(answer):  # (PPV wanted, sensitivity, prevalence) -
     expect(abs(got - .1) > 1e-9, 'you left out the prevalence: the healthy are 99 times as many as the ill')
     expect(got != .5, 'that is the PPV itself: of the alarms, not of the healthy')
     expect(abs(got - 109/110) < 1e-9, f'expected 109/110 for PPV .5, sensitivity .9, one ill in 100; got {got}')
+    got = answer(.75, .9, .01)
+    expect(got > 109/110, 'the higher the PPV, the fewer false alarms are allowed: the specificity must rise')
+    expect(abs(got - 329/330) < 1e-9, f'expected 329/330 for PPV .75, sensitivity .9, one ill in 100; got {got}')
 
 
 @exercise(solution=lambda z, old, new: z + math.log(new/(1 - new)) - math.log(old/(1 - old)),
           wrong=[(lambda z, old, new: z + math.log(new/old), 'healthy'), (lambda z, old, new: z, 'ignores'),
+                 (lambda z, old, new: z + math.log(new/(1 - new)), 'of old away'),
                  (lambda z, old, new: z - math.log(new/(1 - new)) + math.log(old/(1 - old)), 'wrong direction')])
 def check_moved_odds(answer):  # (log-odds, prevalence of training, prevalence here) -> log-odds here
     "Calibrated log-odds, carried to another prevalence."
@@ -266,3 +271,4 @@ def check_moved_odds(answer):  # (log-odds, prevalence of training, prevalence h
     expect(got != 1, 'that ignores the prevalence: the illness is rarer here')
     expect(got < 1, 'wrong direction: where the illness is rarer, the score falls')
     expect(abs(got - 1 + math.log(4)) < 1e-9, f'the odds fell from 1 to 1/4: expected 1 - log(4), got {got}')
+    expect(abs(answer(1., .2, .5) - 1 - math.log(4)) < 1e-9, 'from .2 to .5 the odds rise: take those of old away, too')
