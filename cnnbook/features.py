@@ -148,9 +148,9 @@ def pyramid(
     layers: str | Iterable[str] | None = None,       # names; None: the last map of each reduction
 ) -> Pyramid:
     "The maps of a network from fine to coarse; leaves no trace."
-    x = torch.zeros(1, *input_size).to(next(model.parameters(), torch.empty(0)))
+    x = torch.zeros(1, *input_size)
     def note(name, m, args, out): watch.calls.append((name, m, _shape(args), _shape(out)))
-    with _looking(model, x) as watch, _listening(model, note), watch: model(x)
+    with _looking(model, x) as watch, _listening(model, note), watch: model(x.to(next(model.parameters(), x)))
     if layers is None:
         chosen = _last_of_each(watch)
         if not chosen or watch.map is not None and tuple(watch.map.shape[2:]) not in watch.cut:
@@ -207,10 +207,11 @@ def check_pooled(answer: Callable):   # f (B, C, h, w) -> (B, C)
                  (lambda stride: [stride < 4, stride < 8, stride < 16], 'one stage too few')])
 def check_dilated_stages(answer: Callable):   # output stride 4, 8, 16 or 32 -> flags for the stages 2, 3, 4
     "Exercise of chapter 16: which stages to dilate."
-    expect(not answer(16)[0], 'stages are dilated from the end: the last one first')
-    expect(answer(16)[2], 'one stage too few: an output stride of 16 needs the last one')
-    expect(answer(4) == [True, True, True], 'with all three stages dilated you go down to 4, the stem and its pooling')
-    expect([answer(8), answer(32)] == [[False, True, True], [False]*3], 'for 8 the last two stages, for 32 none')
+    flags = {stride: [bool(flag) for flag in answer(stride)] for stride in (4, 8, 16, 32)}
+    expect(not flags[16][0], 'stages are dilated from the end: the last one first')
+    expect(flags[16][2], 'one stage too few: an output stride of 16 needs the last one')
+    expect(flags[4] == [True, True, True], 'with all three stages dilated you go down to 4, the stem and its pooling')
+    expect([flags[8], flags[32]] == [[False, True, True], [False]*3], 'for 8 the last two stages, for 32 none')
 
 
 @exercise(solution=lambda side, maps: [2**round(torch.tensor(side/m).log2().item()) for m in maps],

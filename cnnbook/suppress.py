@@ -179,7 +179,7 @@ def check_nms_per_class(answer):   # (boxes (N, 4), scores (N,), labels (N,), th
     boxes = np.array([(0, 0, 10, 10), (1, 0, 11, 10), (0, 0, 10, 10), (20, 0, 30, 10), (6, 0, 16, 10)], float)
     scores, labels = np.array([.5, .4, .9, .8, .95]), np.array([0, 0, 1, 1, 2])
     got = np.asarray(answer(boxes, scores, labels, .5)).tolist()
-    expect(0 in got, 'row 0 was dropped by a box of an other class')
+    expect(0 in got, 'row 0 was dropped by a box of another class')
     expect(1 not in got, 'row 1 is a double of row 0, of the same class')
     apart = np.array([(0, 0, 10, 10), (-5, -5, 5, 5)], float)
     expect(len(answer(apart, np.ones(2), np.array([0, 1]), .5)) == 2, 'classes were not shifted far enough')
@@ -189,7 +189,8 @@ def check_nms_per_class(answer):   # (boxes (N, 4), scores (N,), labels (N,), th
 @exercise(solution=lambda scores, iou, sigma=.5: scores*np.exp(-iou**2/sigma),
           wrong=[(lambda s, iou, sigma=.5: s*np.exp(-iou/sigma), 'square'),
                  (lambda s, iou, sigma=.5: s*(iou < .5), 'dropped'),
-                 (lambda s, iou, sigma=.5: s*np.exp(-iou**2), 'sigma')])
+                 (lambda s, iou, sigma=.5: s*np.exp(-iou**2), 'divide by sigma'),
+                 (lambda s, iou, sigma=.5: s*np.exp(-iou**2/.5), 'that was given')])
 def check_soft_nms(answer):   # (scores (N,), iou with the best box (N,), sigma=.5) -> new scores (N,)
     "Exercise of chapter 20y: the step of Soft-NMS (Bodla et al. 2017)."
     scores, iou = np.array([.8, .6, .4]), np.array([0., .5, .9])
@@ -199,6 +200,7 @@ def check_soft_nms(answer):   # (scores (N,), iou with the best box (N,), sigma=
     expect(not np.allclose(got, scores*np.exp(-iou/.5)), 'the IoU enters as its square')
     expect(not np.allclose(got, scores*np.exp(-iou**2)), 'divide by sigma')
     expect(np.allclose(got, scores*np.exp(-iou**2/.5)), 'scores times exp(-iou**2/sigma)')
+    expect(np.allclose(answer(scores, iou, .2), scores*np.exp(-iou**2/.2)), 'take the sigma that was given, not .5')
 
 
 @exercise(solution=lambda run, weight, corner, score: (run + (corner - run)*score/(weight + score), weight + score),

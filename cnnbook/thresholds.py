@@ -119,7 +119,7 @@ def rule_of_three(
     level: float = .95,  # confidence, on one side
 ) -> float:              # 0 to 1, nearly 3/n
     "Upper bound of a rate of which n cases have shown no instance."
-    if n < 1: raise ValueError(f'n: expected 1 case or more, got {n}')
+    if not n >= 1: raise ValueError(f'n: expected 1 case or more, got {n}')              # NaN is refused, too
     if not 0 < level < 1: raise ValueError(f'level: expected a share between 0 and 1, got {level}')
     return -math.expm1(math.log1p(-level)/n)
 
@@ -162,6 +162,7 @@ def _shares(s, positive, threshold):
 
 
 def _judge(s, positive, threshold, costs, prevalence, draws, seed, choose=None):
+    if draws < 0: raise ValueError(f'draws: expected 0 or more, got {draws}')
     shares, cases = _shares(s, positive, threshold), (int(positive.sum()), int((~positive).sum()))
     again = lambda s, p: (*_shares(s, p, threshold), choose(s, p) if choose else threshold)
     ends = zip(*_interval(again, s, positive, draws, .95, seed)) if draws else ()
