@@ -8,6 +8,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
@@ -28,6 +29,17 @@ class BuildPy(build_py):
             shutil.copy(HERE/'data'/'manifest.json', Path(self.build_lib)/'cnnbook'/'manifest.json')
 
 
+class BuildExt(build_ext):
+    """Says what to install; without CNNBOOK_REQUIRE_CEXT=1 it is a warning, and the installation goes on."""
+
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except Exception as e:
+            raise CompileError(f'{e}\nThe C++ part needs a compiler and the headers of Python. On Debian and Ubuntu: '
+                               'apt-get install g++ python3-dev; then install cnnbook again.') from e
+
+
 # A missing compiler must not stop a reader: boxes.py has a slow path. CNNBOOK_REQUIRE_CEXT=1 makes C++ errors count.
 flags = [] if os.name == 'nt' else ['-O3', '-ffp-contract=off', '-fno-trapping-math']  # exact to the bit, vectorised
 extension = Pybind11Extension('cnnbook._cext', sorted(glob('cext/*.cpp')), cxx_std=17, include_dirs=['cext'],
@@ -38,7 +50,7 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       keywords=cfg['keywords'], license='Apache-2.0', python_requires=f">={cfg['min_python']}",
       long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       packages=['cnnbook'], package_dir={'': '.'},  # so that an editable install is one plain path
-      ext_modules=[extension], cmdclass={'build_ext': build_ext, 'build_py': BuildPy},
+      ext_modules=[extension], cmdclass={'build_ext': BuildExt, 'build_py': BuildPy},
       install_requires=lines('requirements'),
       extras_require={k: lines(f'{k}_requirements') for k in ('lab', 'dev', 'peers')},
       entry_points={'console_scripts': lines('console_scripts') or [cfg['console_scripts']],

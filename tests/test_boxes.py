@@ -289,6 +289,16 @@ def test_fault_64_without_the_compiled_part(tmp_path, name, content, words):
     assert said['error'] == 'a: expected x1 <= x2 and y1 <= y2, got (5.0, 0.0, 3.0, 2.0) in row 0'
 
 
+@pytest.mark.parametrize('required', ['0', '1'])
+def test_fault_64_without_a_compiler_the_build_says_what_to_install(tmp_path, required):
+    for name in ('setuptools', 'pybind11'): pytest.importorskip(name)
+    env = os.environ | {'CC': 'no-such-compiler', 'CXX': 'no-such-compiler', 'CNNBOOK_REQUIRE_CEXT': required}
+    done = subprocess.run([sys.executable, 'setup.py', 'build_ext', '--force', '--build-temp', str(tmp_path/'temp'),
+                           '--build-lib', str(tmp_path/'lib')], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert 'apt-get install g++ python3-dev' in done.stdout + done.stderr
+    assert (done.returncode != 0) == (required == '1') and not list(tmp_path.rglob('_cext*'))
+
+
 @needs_cext
 def test_nothing_is_said_when_it_is_built():
     with warnings.catch_warnings():
