@@ -6,6 +6,8 @@
 __all__ = ['as_boxes', 'box_iou_numpy', 'check_overlap', 'check_xywh', 'check_clip_boxes', 'check_giou']
 
 # %% ../nbs/20w_iou.ipynb #imports
+from numbers import Real
+
 import numpy as np
 
 from .exercise import exercise, expect
@@ -16,7 +18,9 @@ def as_boxes(
     name: str,      # what the argument is called, for the error
 ) -> np.ndarray:    # (N, 4) float64
     "The boxes in float64, or an error in the words that the C++ version uses as well."
-    if x.dtype.kind not in 'fiu': raise TypeError(f'{name}: expected an array of int or float, got {x.dtype}')
+    kind = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+    if getattr(kind, 'kind', 'O') not in 'fiu':
+        raise TypeError(f'{name}: expected an array of int or float, got {kind}')
     if x.ndim != 2 or x.shape[1] != 4: raise ValueError(f'{name}: expected shape (N, 4), got {x.shape}')
     boxes = x.astype(np.float64)
     wild = ~(np.abs(boxes) <= 1e150)                                          # NaN compares false
@@ -49,7 +53,7 @@ def check_overlap(
     answer: float,  # IoU of (0, 0, 5, 2) and (3, 0, 8, 2)
 ):
     "Exercise of chapter 20w: an IoU by hand."
-    expect(isinstance(answer, (int, float)), f'a number was expected, got {type(answer).__name__}')
+    expect(isinstance(answer, Real), f'a number was expected, got {type(answer).__name__}')
     expect(answer <= 1, 'an IoU is a ratio and never above 1')
     expect(abs(answer - 4/10) > 1e-6, 'you divided by the area of one box: divide by the union of both')
     expect(abs(answer - 4/20) > 1e-6, 'you divided by the sum of both areas: the common part is counted twice in it')

@@ -96,7 +96,9 @@ def as_quads(
     name: str,      # what the argument is called, for the error
 ) -> list[tuple[Point, ...]]:  # N quads, clockwise
     "The quads of an array as plain floats; an error names the row that is none."
-    if x.dtype.kind not in 'fiu': raise TypeError(f'{name}: expected an array of int or float, got {x.dtype}')
+    kind = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+    if getattr(kind, 'kind', 'O') not in 'fiu':
+        raise TypeError(f'{name}: expected an array of int or float, got {kind}')
     if x.ndim != 3 or x.shape[1:] != (4, 2): raise ValueError(f'{name}: expected shape (N, 4, 2), got {x.shape}')
     quads = []
     for row, corners in enumerate(x.astype(np.float64).tolist()):

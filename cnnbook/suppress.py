@@ -29,7 +29,9 @@ def as_scores(
     weights: bool = False,  # true if they are weights, which must not be negative
 ) -> np.ndarray:            # (N,) float64
     "Scores as float64; an error names the row that is none."
-    if scores.dtype.kind not in 'fiu': raise TypeError(f'scores: expected an array of int or float, got {scores.dtype}')
+    kind = scores.dtype if isinstance(scores, np.ndarray) else type(scores).__name__
+    if getattr(kind, 'kind', 'O') not in 'fiu':
+        raise TypeError(f'scores: expected an array of int or float, got {kind}')
     if scores.shape != (n,): raise ValueError(f'scores: expected shape ({n},), got {scores.shape}')
     scores = scores.astype(np.float64)
     good = (scores >= 0) & (scores <= 1e150) if weights else np.isfinite(scores)
@@ -61,8 +63,8 @@ def nms_numpy(
     iou_threshold: float,  # 0..1; boxes that a better one overlaps by more are dropped
 ) -> np.ndarray:           # (K,) int64 rows that stay, best first
     "Non-maximum suppression, one box against all the rest at a time."
-    single = boxes.dtype.kind == 'f' and boxes.dtype.itemsize <= 4
-    boxes = as_boxes(boxes, 'boxes')
+    given, boxes = boxes, as_boxes(boxes, 'boxes')
+    single = given.dtype.kind == 'f' and given.dtype.itemsize <= 4
     left = best_first(as_scores(scores, len(boxes)))
     threshold, kept = as_threshold(iou_threshold), []
     thin = (boxes[:, 2:] - boxes[:, :2] < 1e-140).any(1)                     # such an area has lost its digits: none
