@@ -11,7 +11,7 @@ QUIET_ENV := CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg
 TEST_ENV := $(ONE_THREAD) $(QUIET_ENV)
 LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book slow bench clean
+.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book site slow bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -99,6 +99,10 @@ drift:
 
 book: setup  ## execute the chapters and store their outputs (NB= names some; CNNBOOK_FULL=1 with the slow cells)
 	$(if $(CNNBOOK_FULL),,$(ONE_THREAD)) $(QUIET_ENV) $(BIN)/python tools/book.py $(NB)
+
+site: setup  ## the book as static pages in out/site (installs the site extra)
+	$(BIN)/python -m pip install -q -c $(OUT)/pins.txt -e '.[site]'
+	$(BIN)/python tools/make_site.py $(OUT)/site
 
 bench: setup  ## run the benchmarks; they write benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -52,6 +52,6 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       packages=['cnnbook'], package_dir={'': '.'},  # so that an editable install is one plain path
       ext_modules=[extension], cmdclass={'build_ext': BuildExt, 'build_py': BuildPy},
       install_requires=lines('requirements'),
-      extras_require={k: lines(f'{k}_requirements') for k in ('lab', 'dev', 'peers')},
+      extras_require={k: lines(f'{k}_requirements') for k in ('lab', 'dev', 'site', 'peers')},
       entry_points={'console_scripts': lines('console_scripts') or [cfg['console_scripts']],
                     'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]}, zip_safe=False)
