@@ -21,7 +21,7 @@ from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
-ROW = re.compile(r'^\| *(?P<part>[^|]*?) *\| *\[[^]]*\]\((?P<name>\w+)\.ipynb\)', re.M)
+ROW = re.compile(r'^\| *(?P<part>[^|]*?) *\| *\[(?P<title>[^]]*)\]\((?P<name>\w+)\.ipynb\)', re.M)
 
 
 def module_of(notebook):
@@ -31,16 +31,17 @@ def module_of(notebook):
 
 
 def parts(index):
-    "{part: [chapters]} as the map on the start page has them."
+    "{part: {chapter: title}} as the map on the start page has them."
     found, part = {}, ''
     for row in ROW.finditer('\n'.join(''.join(c['source']) for c in index['cells'])):
         part = row['part'] or part
-        found.setdefault(part, []).append(row['name'])
+        found.setdefault(part, {})[row['name']] = row['title']
     return found
 
 
-def toctree(caption, names):
-    return f'```{{toctree}}\n:caption: {caption}\n:hidden:\n\n' + '\n'.join(names) + '\n```\n'
+def toctree(caption, titles):
+    lines = [f'{title} <{name}>' for name, title in titles.items()]
+    return '\n'.join([f'```{{toctree}}\n:caption: {caption}\n:hidden:\n', *lines, '```\n'])
 
 
 def page(path, tail=''):
@@ -151,7 +152,7 @@ def lay_out(source):
         tail = f'Reference: [`cnnbook.{module}`](api/{module}.rst)' if module else ''
         if name == 'index':
             tail = '\n'.join([toctree(p, names) for p, names in chapters.items()]
-                             + [toctree('Reference', [f'api/{m}' for m in sorted(modules)])])
+                             + [toctree('Reference', {f'api/{m}': m for m in sorted(modules)})])
         (source/f'{name}.ipynb').write_text(page(path, tail))
     for module, chapter in modules.items(): (source/'api'/f'{module}.rst').write_text(reference(module, chapter))
 

@@ -20,6 +20,7 @@ html_css_files = ['site.css']
 html_copy_source, html_show_sphinx = False, False
 html_theme_options = {'navigation_with_keys': True}
 html_math_renderer = 'mathml'
+smartquotes = False                      # a quote in a docstring is a character that one types
 add_module_names = False
 python_use_unqualified_type_names = True
 
