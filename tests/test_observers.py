@@ -17,6 +17,7 @@ from torch import nn
 
 from cnnbook.capacity import summary, training_memory
 from cnnbook.fields import pixels_seen
+from cnnbook.gradients import grad_cam, guided_backprop, integrated_gradients, saliency, smooth_grad
 from cnnbook.hooks import capture, eval_mode, tree
 from cnnbook.shapes import explain_shapes
 from cnnbook.trace import digest, keep_rng, layer_shapes, no_trace
@@ -57,6 +58,15 @@ def look_at_pixels(model, x):
     return pixels_seen(model, tuple(x.shape[1:]), conv) if conv else None
 
 
+def if_it_can(look):
+    "An observer that asks for scores (B, K), and refuses in words: no ReLU, no map, NaN in a buffer."
+    def run(model, x):
+        try: return look(nn.Sequential(model, nn.Flatten()), x)
+        except ValueError as e:
+            if not re.search('ReLUs to guide|gives a map|expected finite', str(e)): raise
+    return run
+
+
 # (name, function of a model and a batch): every observer of the book stands here
 OBSERVERS = [
     ('tree', lambda model, x: tree(model)),
@@ -69,6 +79,11 @@ OBSERVERS = [
     ('summary', from_size(summary)),
     ('training_memory', from_size(lambda model, size: training_memory(model, size, 2))),
     ('pixels_seen', look_at_pixels),
+    ('saliency', if_it_can(saliency)),
+    ('smooth_grad', if_it_can(lambda model, x: smooth_grad(model, x, n=2))),
+    ('guided_backprop', if_it_can(guided_backprop)),
+    ('grad_cam', if_it_can(grad_cam)),
+    ('integrated_gradients', if_it_can(lambda model, x: integrated_gradients(model, x, steps=2))),
 ]
 
 
