@@ -24,6 +24,7 @@ def test_parts_name_every_chapter_once():
     names = [n for chapters in parts.values() for n in chapters]
     assert sorted([*names, 'index']) == sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb'))
     assert len(parts) >= 4 and all(parts)
+    assert '33_cli' in parts['Further'] and '00_device' in parts['Ground']       # a planned row names a part as well
 
 
 def test_reference_says_what_the_source_says():

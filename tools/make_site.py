@@ -21,7 +21,7 @@ from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
-ROW = re.compile(r'^\| *(?P<part>[^|]*?) *\| *\[(?P<title>[^]]*)\]\((?P<name>\w+)\.ipynb\)', re.M)
+ROW = re.compile(r'^\| *(?P<part>[^|]*?) *\| *(?:\[(?P<title>[^]]*)\]\((?P<name>\w+)\.ipynb\))?', re.M)   # no link: planned
 
 
 def module_of(notebook):
@@ -35,7 +35,7 @@ def parts(index):
     found, part = {}, ''
     for row in ROW.finditer('\n'.join(''.join(c['source']) for c in index['cells'])):
         part = row['part'] or part
-        found.setdefault(part, {})[row['name']] = row['title']
+        if row['name']: found.setdefault(part, {})[row['name']] = row['title']
     return found
 
 
