@@ -20,6 +20,7 @@ from cnnbook.fields import pixels_seen
 from cnnbook.gradients import grad_cam, guided_backprop, integrated_gradients, saliency, smooth_grad
 from cnnbook.hooks import capture, eval_mode, tree
 from cnnbook.shapes import explain_shapes
+from cnnbook.text import detect
 from cnnbook.trace import digest, keep_rng, layer_shapes, no_trace
 from cnnbook.walk import walk
 
@@ -67,6 +68,21 @@ def if_it_can(look):
     return run
 
 
+class Says(nn.Module):
+    "A text detector that runs a network of the zoo on its part of the image, and then says maps of its own."
+    def __init__(self, model, x):
+        super().__init__()
+        self.model, self.size = model, x.shape[2:]
+        self.training = model.training
+
+    def forward(self, x):
+        self.model(x[:, :, :self.size[0], :self.size[1]])
+        return torch.ones(1, 1, 8, 8), torch.ones(1, 5, 8, 8)
+
+
+def look_for_text(model, x): return detect(Says(model, x), x[0])
+
+
 # (name, function of a model and a batch): every observer of the book stands here
 OBSERVERS = [
     ('tree', lambda model, x: tree(model)),
@@ -84,6 +100,7 @@ OBSERVERS = [
     ('guided_backprop', if_it_can(guided_backprop)),
     ('grad_cam', if_it_can(grad_cam)),
     ('integrated_gradients', if_it_can(lambda model, x: integrated_gradients(model, x, steps=2))),
+    ('detect', look_for_text),
 ]
 
 

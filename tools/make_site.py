@@ -21,7 +21,7 @@ from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
-ROW = re.compile(r'^\| *(?P<part>[^|]*?) *\| *(?:\[(?P<title>[^]]*)\]\((?P<name>\w+)\.ipynb\))?', re.M)   # no link: planned
+ROW = re.compile(r'^\| *(?P<part>[^|]*?) *\| *(?:\[(?P<title>[^]]*)\]\((?P<name>\w+)\.ipynb\))?', re.M)
 
 
 def module_of(notebook):
