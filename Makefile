@@ -68,19 +68,18 @@ slow: setup  ## full rounds of the kill and fuzz tests, and the cells flagged sl
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Python itself is not built with them, so their libraries must be there before it starts; it never frees all it has.
+SANITIZE := -fsanitize=address,undefined
 SANITIZED := $(CURDIR)/$(OUT)/sanitize
 SANITIZERS = $(foreach l,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-g++} -print-file-name=$(l)))
 sanitize: setup  ## the C++ part built with AddressSanitizer and UBSan, under its tests
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r setup.py settings.ini README.md pyproject.toml cext cnnbook data $(SANITIZED)
 	rm -rf $(SANITIZED)/cnnbook/*.so
-	cd $(SANITIZED) && CNNBOOK_REQUIRE_CEXT=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && CXXFLAGS='$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer -g1' \
+		LDFLAGS='$(SANITIZE)' CNNBOOK_REQUIRE_CEXT=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
 	$(TEST_ENV) CNNBOOK_SANITIZED=1 PYTHONPATH=$(SANITIZED) LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest tests/test_boxes.py tests/test_nms.py \
 		-m 'not slow' -k 'not flat and not faster and not compiler and not fault_64 and not 256_times' $(ARGS)
-sanitize: export CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
-sanitize: export CFLAGS = $(CXXFLAGS)
-sanitize: export LDFLAGS = -fsanitize=address,undefined
 
 clean-nb: setup
 	$(BIN)/nbdev_clean
