@@ -1,0 +1,100 @@
+"""Maps of what matters: `cnnbook.attribution` against captum on a ResNet-18 with images of 224 pixels and random
+weights. Occlusion with 49 windows of 32 pixels, against captum as it comes (one window a pass) and with the best of
+several batch sizes; Grad-CAM of the last stage, enlarged to the image, against captum's `LayerGradCam` with its
+`interpolate`. One thread, processor time, medians of alternating rounds; the maps are compared before times are.
+
+    pip install captum                    in the extra `peers`
+    python benchmarks/attribution.py      exit code 1 if it is slower than claimed
+"""
+import os
+import statistics
+import sys
+import time
+from functools import partial
+
+import torch
+import torchvision
+
+from cnnbook.attribution import grad_cam, occlusion
+from cnnbook.device import describe
+
+ROUNDS = int(os.environ.get('ROUNDS', 5))
+SIZES = 4, 8, 16                           # covered images in a pass that captum is tried with
+FLOORS = {'occlusion: times as fast': 1.5, 'occlusion in bf16: times as fast': 4, 'Grad-CAM: times as fast': 1}
+
+
+def seconds(f):
+    "Processor time of a call."
+    start = time.process_time()
+    f()
+    return time.process_time() - start
+
+
+def compare(ours, peer, rounds=ROUNDS):
+    "Median ms of both, and the median ratio, of alternating rounds."
+    ours(), peer()
+    mine, theirs = zip(*((seconds(ours), seconds(peer)) for _ in range(rounds)))
+    ratios = [b/a for a, b in zip(mine, theirs)]
+    return 1000*statistics.median(mine), 1000*statistics.median(theirs), statistics.median(ratios), min(ratios)
+
+
+def same(name, ours, theirs, tolerance=1e-4):
+    if (gap := (ours - theirs).abs().max().item()) > tolerance: raise SystemExit(f'{name}: maps differ by {gap:.1e}')
+    return gap
+
+
+def note(figures, name, peer, times):
+    mine, theirs, ratio, least = times
+    figures |= {f'{name}: cnnbook, ms': round(mine, 1), f'{name}: {peer}, ms': round(theirs, 1),
+                f'{name}: times as fast': round(ratio, 2), f'{name}: least of the rounds': round(least, 2)}
+    print(*(f'{k}: {v}' for k, v in figures.items() if k.startswith(f'{name}:')), sep='\n', flush=True)
+
+
+def measure():
+    from captum.attr import LayerAttribution, LayerGradCam, Occlusion
+    torch.manual_seed(0)
+    model, x, target = torchvision.models.resnet18(weights=None).eval(), torch.randn(1, 3, 224, 224), 5
+    figures, peer = {}, Occlusion(model)
+    ours = partial(occlusion, model, x, target, 32, 32, 0., 16, False)
+    theirs = partial(peer.attribute, x, (3, 32, 32), (3, 32, 32), baselines=0, target=target)
+    figures['occlusion: largest difference'] = same('occlusion', ours(), theirs()[:, 0])
+    note(figures, 'occlusion', 'captum', compare(ours, theirs))
+
+    best = min(SIZES, key=lambda n: min(seconds(partial(theirs, perturbations_per_eval=n)) for _ in range(2)))
+    figures['occlusion against the best of captum: its perturbations_per_eval'] = best
+    note(figures, 'occlusion against the best of captum', 'captum',
+         compare(ours, partial(theirs, perturbations_per_eval=best)))
+
+    if describe().cpu_bf16:
+        half = partial(ours, precision='bf16-mixed')
+        same('occlusion in bf16', half()/ours().abs().max(), ours()/ours().abs().max(), .05)
+        note(figures, 'occlusion in bf16', 'captum', compare(half, theirs))
+    else: figures['occlusion in bf16'] = 'not measured: this processor computes in 32 bits only'
+
+    layer = LayerGradCam(model, model.layer4)
+    cam = partial(grad_cam, model, x, target, 'layer4')
+    captum_cam = lambda: LayerAttribution.interpolate(layer.attribute(x, target, relu_attributions=True), (224, 224),
+                                                      'bilinear').detach()[:, 0]
+    figures['Grad-CAM: largest difference'] = same('Grad-CAM', cam(), captum_cam())
+    note(figures, 'Grad-CAM', 'captum', compare(cam, captum_cam, 3*ROUNDS))
+    return figures
+
+
+def main():
+    "The figures as a dict, measured on one thread."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: return measure()
+    finally: torch.set_num_threads(threads)
+
+
+def too_slow(figures):
+    "The claims that do not hold."
+    return [f'{name}: {figures[name]}; expected at least {floor}' for name, floor in FLOORS.items()
+            if figures.get(name, floor) < floor]
+
+
+if __name__ == '__main__':
+    short = too_slow(main())
+    for line in short: print(line)
+    sys.exit(1 if short else 0)
