@@ -15,10 +15,16 @@ import torch
 import torchvision
 from torch import nn
 
+from cnnbook.attribution import compare_attributions, scorecard
 from cnnbook.capacity import summary, training_memory
+from cnnbook.excite import class_image, max_patches, push_toward
 from cnnbook.fields import pixels_seen
+from cnnbook.filters import class_filters
 from cnnbook.gradients import grad_cam, guided_backprop, integrated_gradients, saliency, smooth_grad
 from cnnbook.hooks import capture, eval_mode, tree
+from cnnbook.occlusion import occlusion
+from cnnbook.pictures import feature_maps, plot_filters
+from cnnbook.sanity import deletion_curve, insertion_curve, randomized
 from cnnbook.shapes import explain_shapes
 from cnnbook.text import detect
 from cnnbook.trace import digest, keep_rng, layer_shapes, no_trace
@@ -68,6 +74,31 @@ def if_it_can(look):
     return run
 
 
+def look_at_maps(model, x):
+    return len(compare_attributions(model, x, methods={'saliency': saliency}).axes)
+
+
+def score_maps(model, x):
+    card = scorecard(model, x, x[:, 0] > 0, {'saliency': saliency}, few=1, seeds=1)
+    return [(s.points, s.deletion, s.insertion) for s in card.values()]            # not the time
+
+
+def on_maps(look):
+    "An observer of networks with convolutions, given the name of the first and one image."
+    def run(model, x):
+        conv = next((n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
+        return look(model, x[0], conv) if conv else None
+    return run
+
+
+def on_scores(look):
+    "An observer of classifiers."
+    def run(model, x):
+        try: return look(model, x)
+        except ValueError as e: assert 'expected scores (B, K)' in str(e), e
+    return run
+
+
 class Says(nn.Module):
     "A text detector that runs a network of the zoo on its part of the image, and then says maps of its own."
     def __init__(self, model, x):
@@ -100,6 +131,18 @@ OBSERVERS = [
     ('guided_backprop', if_it_can(guided_backprop)),
     ('grad_cam', if_it_can(grad_cam)),
     ('integrated_gradients', if_it_can(lambda model, x: integrated_gradients(model, x, steps=2))),
+    ('occlusion', if_it_can(lambda model, x: occlusion(model, x, stride=8))),
+    ('deletion_curve', if_it_can(lambda model, x: deletion_curve(model, x, x[:, 0], steps=2))),
+    ('insertion_curve', if_it_can(lambda model, x: insertion_curve(model, x, x[:, 0], steps=2))),
+    ('randomized', if_it_can(lambda model, x: randomized(model))),
+    ('compare_attributions', if_it_can(look_at_maps)),
+    ('scorecard', if_it_can(score_maps)),
+    ('plot_filters', on_maps(lambda model, x, conv: len(plot_filters(model).axes))),
+    ('feature_maps', on_maps(lambda model, x, conv: feature_maps(model, x))),
+    ('class_filters', on_maps(lambda model, x, conv: class_filters(model, x, conv, [0, 1]))),
+    ('max_patches', on_maps(lambda model, x, conv: max_patches(model, x[None], conv, 0, 1))),
+    ('class_image', on_scores(lambda model, x: class_image(model, 0, tuple(x.shape[1:]), steps=2))),
+    ('push_toward', on_scores(lambda model, x: push_toward(model, x, torch.zeros(len(x), dtype=torch.int64), 1))),
     ('detect', look_for_text),
 ]
 
