@@ -11,7 +11,7 @@ QUIET_ENV := CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg
 TEST_ENV := $(ONE_THREAD) $(QUIET_ENV)
 LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book site slow bench clean
+.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book site slow student bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -102,6 +102,9 @@ book: setup  ## execute the chapters and store their outputs (NB= names some; CN
 site: setup  ## the book as static pages in out/site (installs the site extra)
 	$(BIN)/python -m pip install -q -c $(OUT)/pins.txt -e '.[site]'
 	$(BIN)/python tools/make_site.py $(OUT)/site
+
+student: setup  ## notebooks without solutions for a class, in OUT= (NB= names some chapters)
+	$(BIN)/python -m cnnbook.teach student $(OUT) $(NB)
 
 bench: setup  ## run the benchmarks; they write benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py $(ARGS)
