@@ -55,7 +55,7 @@ def measure():
     torch.manual_seed(0)
     model, x, target = torchvision.models.resnet18(weights=None).eval(), torch.randn(1, 3, 224, 224), 5
     figures, peer = {}, Occlusion(model)
-    ours = partial(occlusion, model, x, target, 32, 32, 0., 16, False)
+    ours = partial(occlusion, model, x, target, 32, 32, 0., overhang=False)
     theirs = partial(peer.attribute, x, (3, 32, 32), (3, 32, 32), baselines=0, target=target)
     figures['occlusion: largest difference'] = same('occlusion', ours(), theirs()[:, 0])
     note(figures, 'occlusion', 'captum', compare(ours, theirs))

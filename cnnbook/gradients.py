@@ -162,11 +162,12 @@ def grad_cam(
 
     def keep(m, args, out):
         if isinstance(out, Tensor) and out.ndim == 4:
-            kept.append(out)
-            return out.clone()                             # what comes next may work in place
+            torch.set_grad_enabled(True)                   # nobody asks what lies before the layer
+            kept.append(out.detach().requires_grad_())
+            return kept[-1].clone()                        # what comes next may work in place
 
     with looking(model, x) as pixels:
-        with _hooked(model, layer, keep): scores = ask(model, pixels.requires_grad_())
+        with _hooked(model, layer, keep), torch.no_grad(): scores = ask(model, pixels)
         if not kept: raise ValueError(f"layer: expected one of {', '.join(_map_layers(model, x))}, got {layer!r}")
         g = slope(scores, kept[-1], target_labels(scores, target))                           # (B, C, h, w)
         small = (g.mean((2, 3), True)*kept[-1].detach()).sum(1, True).relu().to(pixels)      # (B, 1, h, w)

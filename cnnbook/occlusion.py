@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .exercise import exercise, expect
 from .saliency import ask, looking, target_labels
@@ -58,6 +59,9 @@ def _windows(size, window, stride, overhang):
     return [covers(*side, overhang) for side in zip(size, pair(window), pair(stride))]
 
 
+def _edges(table): return [slice(int(row.nonzero()[0]), int(row.nonzero()[-1]) + 1) for row in table]   # of each window
+
+
 def _cast(precision, device):
     if precision in (None, '32'): return nullcontext()
     kinds = {'bf16-mixed': torch.bfloat16, '16-mixed': torch.float16}
@@ -81,6 +85,12 @@ def plain_scores(
     return run(torch.contiguous_format)
 
 
+def _relaid(model, layout):   # the model as a function, its weights turned to that layout once and not in each pass
+    if layout == torch.contiguous_format or isinstance(model, torch.jit.ScriptModule): return model
+    weights = {n: p.contiguous(memory_format=layout) for n, p in model.named_parameters() if p.ndim == 4}
+    return lambda x: functional_call(model, weights, (x,))
+
+
 def occlusion(
     model: nn.Module,                           # any network that takes x and gives scores (B, K)
     x: Tensor,                                  # (B, C, H, W) floats, scaled as the model takes them
@@ -88,7 +98,7 @@ def occlusion(
     window: int | tuple[int, int] = 8,          # height and width of the window, pixels
     stride: int | tuple[int, int] = 4,          # steps down and across, pixels
     fill: str | float | Tensor = 'mean',        # what a window shows, see `blank`
-    batch_size: int = 64,                       # covered images in a pass
+    batch_size: int | None = None,              # covered images in a pass; None: 600,000 numbers, which a cache holds
     overhang: bool = True,                      # windows hang over all edges; False: as in captum
     precision: str | None = None,               # 'bf16-mixed' or '16-mixed' where that is fast
 ) -> Tensor:                                    # (B, H, W) float32
@@ -97,13 +107,19 @@ def occlusion(
         down, across = (t.to(x.device) for t in _windows(x.shape[2:], window, stride, overhang))   # (windows, H or W)
         instead, many, left = blank(x, fill), len(down)*len(across), []                     # many: windows per image
         if not len(x): return x.new_zeros(0, *x.shape[2:])
+        batch_size = batch_size or max(4, (10_000_000 if x.is_cuda else 600_000)//x[0].numel())
         scores, layout = plain_scores(model, x, batch_size)
-        y = target_labels(scores, target)[:, None]
-        for n in torch.arange(len(x)*many, device=x.device).split(batch_size):
-            b, i, j = n//many, n % many//len(across), n % len(across)      # image, row of windows, column of windows
-            hidden = down[i][:, None, :, None] & across[j][:, None, None, :]               # (n, 1, H, W)
-            covered = torch.where(hidden, instead[b], x[b]).contiguous(memory_format=layout)
-            left.append(ask(model, covered).float().gather(1, y[b]))
+        run, y = _relaid(model, layout), target_labels(scores, target)[:, None]
+        kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+        rows, columns = _edges(down), _edges(across)
+        x = x.contiguous(memory_format=layout)
+        for n in torch.arange(len(x)*many).split(batch_size):
+            b = (n//many).to(x.device)                                     # the image of each window
+            covered = x[b]                                                 # a copy
+            for v, k, w in zip(covered, n.tolist(), instead[b]):
+                r, c = rows[k % many//len(across)], columns[k % len(across)]
+                v[:, r, c] = w[:, r, c]
+            left.append(run(covered.to(kind)).float().gather(1, y[b]))
     fall = (scores.gather(1, y) - torch.cat(left).view(-1, many)).view(-1, len(down), len(across)).double()
     total = down.double().T@fall@across.double()                           # (B, H, W), sums over windows
     return (total/(down.sum(0)[:, None]*across.sum(0))).float()
