@@ -1,5 +1,6 @@
 """The rules that keep chapters honest: each function takes the root of a checkout and yields one line per breach."""
 import ast
+import contextlib
 import json
 import re
 import shutil
@@ -30,8 +31,10 @@ def module(nb):
 
 def parsed(cell):
     "The syntax tree of a cell without IPython's own lines; a cell that is no Python has an empty one."
-    try: return ast.parse('\n'.join('' if re.match(r'\s*[%!]', line) else line for line in source(cell).splitlines()))
-    except SyntaxError: return ast.parse('')
+    plain = source(cell)
+    for text in (plain, '\n'.join('' if re.match(r'\s*[%!]', line) else line for line in plain.splitlines())):
+        with contextlib.suppress(SyntaxError): return ast.parse(text)      # a line of an expression may begin with %
+    return ast.parse('')
 
 
 def exported_names(nb):

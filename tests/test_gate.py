@@ -194,3 +194,8 @@ def test_nothing_happens_at_import(tmp_path):
     assert seen.pop('own') < .1
     assert seen == {'rc': True, 'random': True, 'cuda': False, 'flags': True, 'widgets': False, 'pyplot': False}
     assert not (tmp_path/'no-home').exists(), 'an import wrote into the home folder'
+
+
+def test_a_line_that_begins_with_percent_is_no_magic_inside_of_an_expression():
+    assert len(gate.parsed(cell("x = ('%d'\n     % 3)\nassert x == '3'")).body) == 2
+    assert len(gate.parsed(cell('%matplotlib inline\nx = 1')).body) == 1 and not gate.parsed(cell('no python')).body
