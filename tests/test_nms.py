@@ -1,4 +1,5 @@
 """Quads and suppression: C++ against its Python twins, torchvision and shapely; faults 60 to 63."""
+import hashlib
 import os
 import threading
 import time
@@ -363,21 +364,22 @@ def test_fault_62_eight_threads_are_right():
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2 if hasattr(os, 'sched_getaffinity') else False, reason='one core')
 def test_fault_62_eight_threads_are_faster_than_one():
     boxes, scores = busy_work()
-    work = lambda _: CEXT.nms(boxes, scores, .5)
+    block = b'0'*(len(boxes)*600)
 
-    def seconds(threads):
-        wall, used = time.perf_counter(), time.process_time()
-        with ThreadPoolExecutor(threads) as pool: list(pool.map(work, range(16)))
-        wall = time.perf_counter() - wall
-        return wall, (time.process_time() - used)/wall
+    def times_as_fast(work):
+        def seconds(threads):
+            start = time.perf_counter()
+            with ThreadPoolExecutor(threads) as pool: list(pool.map(work, range(16)))
+            return time.perf_counter() - start
+        return seconds(1)/seconds(8)
 
-    tries = []
-    for _ in range(6):
-        (one, share), (eight, _) = seconds(1), seconds(8)
-        tries.append((one/eight, share))
-        if one/eight > 1.2: return
-    if min(share for _, share in tries) < .8: pytest.skip(f'other programs use the cores: {tries}')
-    raise AssertionError(f'times as fast, and share of a core that one thread got: {tries}')
+    tries = []                                  # (ours, that of a function which is known to let others run)
+    for _ in range(8):
+        tries.append((times_as_fast(lambda _: CEXT.nms(boxes, scores, .5)),
+                      times_as_fast(lambda _: hashlib.sha256(block).digest())))
+        if tries[-1][0] > 1.2: return
+    if sum(control > 1.4 for _, control in tries) < 3: pytest.skip(f'other programs use the cores: {tries}')
+    raise AssertionError(f'times as fast with eight threads, and hashing beside it: {tries}')
 
 
 @pytest.mark.skipif(not os.environ.get('CNNBOOK_SANITIZED'), reason='for make sanitize')
