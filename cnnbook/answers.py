@@ -117,7 +117,8 @@ _DATA = {int, float, complex, str, bytes, bool, type(None), range, slice, torch.
 
 def _plain(value):
     if type(value) is dict: value = [*value.items()]
-    return all(map(_plain, value)) if type(value) in (list, tuple, set, frozenset) else type(value) in _DATA
+    if type(value) in (list, tuple, set, frozenset): return all(map(_plain, value))
+    return type(value) in _DATA and not getattr(getattr(value, 'dtype', None), 'hasobject', False)   # of objects
 
 def _judged(cells, name, judge, data, book):  # what the check says of an answer: (passed, message)
     try:

@@ -238,3 +238,8 @@ def test_python_m_needs_no_notebook_around_it(tmp_path):
                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert (run.returncode, run.stdout) == (2, '')
     assert run.stderr == 'teach: folder: expected one folder for each student, got none\n'
+
+
+def test_only_the_book_s_own_file_names_are_chapters():
+    assert exercises_of('05c_loop')[1] and exercises_of('index')[1]
+    assert not any(exercises_of(stem)[1] for stem in ('loop', '7_loop', '05_loop', 'exercise'))
