@@ -16,7 +16,8 @@ from cnnbook.cifar import RECIPES, train_cifar
 from cnnbook.data import Loader
 from cnnbook.fastnet import view_logits
 
-WITHOUT = {'nothing': {}, 'whitening': {'whiten': False}, 'wires at the start': {'identity': False},
+WITHOUT = {'nothing': {}, 'Muon for the filters': {'filter_lr': 0.}, 'whitening': {'whiten': False},
+           'wires at the start': {'identity': False},
            'label smoothing': {'label_smoothing': 0.}, 'small crops early': {'small': 32},
            'alternating flips (random ones)': {'flip': 'random'}, 'flips': {'flip': 'none'}, 'shifts': {'shift': 0},
            'the high rate of the norms': {'norm_lr': 1.}, 'weight decay': {'weight_decay': 0.},

@@ -7,6 +7,7 @@ __all__ = ['resource', 'needed', 'sandbox', 'judge_notebook', 'check_which_limit
 
 # %% ../nbs/31z_answers.ipynb #imports
 import ast
+import builtins
 import importlib
 import json
 import os
@@ -52,6 +53,17 @@ def _lines(text):
 def _root(node):
     while isinstance(node, (ast.Attribute, ast.Subscript)): node = node.value
     return getattr(node, 'id', None)
+def _changed(node):  # what is stored into, has a method called for effect, or is handed to a function for effect
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)): return   # not run yet
+    if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, ast.Store): yield _root(node)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        call, func = node.value, node.value.func
+        if isinstance(func, (ast.Attribute, ast.Subscript)): yield _root(func)
+        word = getattr(func, 'attr', '')
+        own = isinstance(func, ast.Name) and not hasattr(builtins, func.id)     # a function of the notebook
+        if own or word.endswith('_') or word in ('shuffle', 'heappush', 'heapify', 'copyto'):
+            yield from (_root(a) for a in call.args if _root(a))
+    for child in ast.iter_child_nodes(node): yield from _changed(child)
 def _line(node):
     top = symtable.symtable(ast.unparse(node), 'cell', 'exec')
     scopes = top.get_children()
@@ -59,11 +71,8 @@ def _line(node):
     gives = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
     uses = {s.get_name() for s in top.get_symbols() if s.is_referenced()}
     uses |= {s.get_name() for t in scopes for s in t.get_symbols() if s.is_global() and s.is_referenced()}
-    stored = [n for n in ast.walk(node) if isinstance(getattr(n, 'ctx', None), ast.Store)]
-    method = getattr(getattr(node, 'value', None), 'func', None) if isinstance(node, ast.Expr) else None
-    changes = {_root(n) for n in [*stored, method] if isinstance(n, (ast.Attribute, ast.Subscript))}
-    whole = not isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AugAssign))
-    return _Line(node, gives, uses, changes, whole)
+    part = ast.If, ast.For, ast.While, ast.With, ast.Try, ast.TryStar, ast.Match, ast.AugAssign
+    return _Line(node, gives, uses, set(_changed(node)), not isinstance(node, part))
 
 def needed(
     cells: list[str],  # the code cells of a notebook
@@ -71,6 +80,8 @@ def needed(
 ) -> list[str]:        # the statements that answer_NAME needs, in order; none if it is not answered
     "The backward slice of an answer."
     lines = [line for text in cells for line in _lines(text)]
+    star = lambda node: isinstance(node, ast.ImportFrom) and node.names[0].name == '*'
+    stars = [k for k, s in enumerate(lines) if star(s.node)]
     modules = {n for s in lines if isinstance(s.node, (ast.Import, ast.ImportFrom)) for n in s.gives}
     is_none = lambda node: isinstance(getattr(node, 'value', None), ast.Constant) and node.value.value is None
     goal = [k for k, s in enumerate(lines) if f'answer_{name}' in s.gives and not is_none(s.node)]
@@ -84,7 +95,8 @@ def needed(
             before = [j for j in range(k) if use in lines[j].gives | lines[j].changes - modules]
             last = max((j for j in before if use in lines[j].gives and lines[j].whole), default=0)
             below = [j for j in range(k, goal[-1]) if use in lines[j].gives][:1]
-            todo += {*(j for j in before if j >= last), *([] if before else below)} - take
+            unknown = [] if before or below or hasattr(builtins, use) else [j for j in stars if j < goal[-1]]
+            todo += {*(j for j in before if j >= last), *([] if before else below), *unknown} - take
     return [ast.unparse(lines[k].node) for k in sorted(take)]
 
 # %% ../nbs/31z_answers.ipynb #sandbox
@@ -120,15 +132,21 @@ def _plain(value):
     if type(value) in (list, tuple, set, frozenset): return all(map(_plain, value))
     return type(value) in _DATA and not getattr(getattr(value, 'dtype', None), 'hasobject', False)   # of objects
 
+def _touched(book):  # whether a module of the book is not what it was; it is put back
+    touched = any(now.get(k) is not v for now, was in book for k, v in was.items())
+    for now, was in book: now.update(was)
+    return touched
+
 def _judged(cells, name, judge, data, book):  # what the check says of an answer: (passed, message)
     try:
         lines, scope = needed(cells, name), {'__name__': '__main__'}
         torch.manual_seed(0)
         for line in lines: exec(line, scope)
-        for now, was in book: now.update(was)
+        if _touched(book): return False, "the answer changes the book's modules"
         answer = scope.get(f'answer_{name}')
         if data and not _plain(answer): return False, f'plain data was expected, got {type(answer).__name__}'
         verdict = vars(judge(answer))
+        if _touched(book): return False, "the answer changes the book's modules"
         return verdict['passed'], verdict['message']
     except BaseException as e: return False, f'{type(e).__name__}: {e}'
 

@@ -84,7 +84,9 @@ def compare_attributions(
 ) -> Figure:
     "All methods side by side; the figure is returned, and closed for pyplot."
     methods = attributions() if methods is None else methods
-    if not isinstance(x, Tensor) or not len(x) or not methods: raise ValueError('x, methods: expected some, got none')
+    if not isinstance(x, Tensor): raise TypeError(f'x: expected a tensor (B, C, H, W), got {type(x).__name__}')
+    if not len(x) or not methods: raise ValueError('x, methods: expected some, got none')
+    if titles and len(titles) != len(x): raise ValueError(f'titles: expected {len(x)}, one an image, got {len(titles)}')
     with looking(model, x) as pixels, torch.no_grad(): y = target_labels(model(pixels.clone()), target)
     shown, maps = _pictures(x.detach(), images), {name: m(model, x, y).cpu() for name, m in methods.items()}
     import matplotlib.pyplot as plt

@@ -23,6 +23,7 @@ from .checkpoint import CheckpointError, load_checkpoint, run_lock, save_checkpo
 from .data import Images, Loader, Standardize, load
 from .exercise import exercise, expect
 from .fastnet import FastNet
+from .muon import muon_for_filters
 from .recipe import RECIPES, CropLoader, Recipe, fast_optimizer, triangle_rate
 from .schedules import warmup
 from .trace import keep_rng
@@ -67,15 +68,17 @@ class ClassicNet(nn.Module):
 # %% ../nbs/13_cifar.ipynb #train-cifar
 def _classic(r, train, steps):
     net = ClassicNet(len(train.classes), r.dropout, tuple(train.x.shape[1:]))
+    if r.init == 'torch': [m.reset_parameters() for m in net.modules() if hasattr(m, 'reset_parameters')]
     kind = partial(torch.optim.SGD, momentum=.9, nesterov=True) if r.optimizer == 'sgd' else torch.optim.Adam
     optimizer = kind(net.parameters(), r.lr, weight_decay=r.weight_decay)
+    if r.filter_lr: optimizer = muon_for_filters(optimizer, r.filter_lr)
     return net, optimizer, warmup(optimizer, int(r.warmup*steps), steps)
 
 
 def _fast(r, train, steps, scale, batch_size):
     net = FastNet(len(train.classes), r.widths, r.norm_momentum, getattr(nn, r.act), r.identity, r.factor)
     if r.whiten: net.fit_whitening(scale(train.x[:1000]))
-    optimizer = fast_optimizer(net, r.lr, batch_size, r.weight_decay, r.momentum, r.norm_lr)
+    optimizer = fast_optimizer(net, r.lr, batch_size, r.weight_decay, r.momentum, r.norm_lr, r.filter_lr)
     return net, optimizer, triangle_rate(optimizer, steps, r.warmup)
 
 

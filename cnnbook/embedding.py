@@ -212,10 +212,10 @@ def _leading(x, centre=True, side=2, scale=False):
 def check_first_direction(answer: Callable):   # table (N, D) -> direction of most spread (D,), length 1, either sign
     "Exercise of chapter 19: the first principal direction."
     x = torch.tensor([[9., 0, 1], [9, 2, 1], [9, 4, 2], [8, 6, 1]]).double()
-    got = answer(x)
+    got = torch.as_tensor(answer(x)).double()
     expect(got.shape != (4,), 'that is a number a row, the column of U: the directions are the rows of V')
     expect(got.shape == (3,), f'expected a direction of 3 numbers, got shape {tuple(got.shape)}')
-    same = lambda v: bool(abs(got @ v).isclose(torch.ones(()).double(), rtol=1e-6))
+    same = lambda v: bool(abs(got @ v).isclose(torch.ones(()).double(), rtol=1e-5))
     expect(not same(_leading(x, centre=False)), 'that points from the origin to the points: centre first')
     expect(not same(_leading(x, scale=True)), 'you divided by the deviations: PCA leaves the columns their scale')
     expect(same(_leading(x)), 'that is not the direction of most spread, of length 1')

@@ -20,6 +20,7 @@ from .exercise import exercise, expect
 from .hooks import eval_mode
 from .patches import Patches, max_patches  # noqa: F401
 from .pictures import draw_pictures, scale_signed
+from .saliency import target_labels
 from .trace import keep_rng
 
 _all_ = ['Patches', 'max_patches']  # offered from here as well
@@ -55,6 +56,7 @@ def class_image(
     seed: int = 0,                        # of the start and the jitter
 ) -> ClassImage:
     "Gradient ascent on the pixels, which stay within 0..1; leaves no trace."
+    if jitter < 0: raise ValueError(f'jitter: expected at least 0 pixels, got {jitter}')
     g, scores = torch.Generator().manual_seed(seed), []
     like = next(model.parameters(), torch.empty(0))
     def ask(x):
@@ -80,17 +82,16 @@ def class_image(
 def push_toward(
     model: nn.Module,
     x: Tensor,               # (B, C, H, W) as the model takes it
-    target: Tensor,          # (B,) the class whose score shall rise
+    target: int | Tensor,    # the class whose score shall rise, or one for each image (B,)
     steps: int = 3,
     size: float = .05,       # of a step: root mean square of its change, in units of x
 ) -> Tensor:                 # (B, C, H, W)
     "Change inputs a little along the gradient of a class's score, so that it rises; leaves no trace."
     def score(z):
         out = model(z)
-        if out.ndim != 2: raise ValueError(f'model: expected scores (B, K), got shape {tuple(out.shape)}')
-        return out.gather(1, target[:, None])[:, 0]
+        return out.gather(1, target_labels(out, target)[:, None])[:, 0]
     with eval_mode(model), keep_rng(), torch.inference_mode(False), torch.enable_grad():
-        x, target = x.detach().clone(), target.clone()
+        x, target = x.detach().clone(), target.clone() if isinstance(target, Tensor) else target
         for _ in range(steps):
             z = x.clone().requires_grad_()
             before = score(z)
@@ -168,7 +169,7 @@ class ConfusedLogits(Callback):
             was, now = (inverse(t[None])[0].clamp(0, 1)*2 - 1 for t in (c.image, c.changed))
             told = [f'{classes[c.first]} {a:.1f}, {classes[c.second]} {b:.1f}' for a, b in (c.before, c.after)]
             parts = (told[0], was), ('difference', scale_signed(c.difference[None])[0]), (told[1], now)
-            pictures += [(title, t.permute(1, 2, 0), -1) for title, t in parts]
+            pictures += [(title, t.expand(max(3, len(t)), -1, -1).permute(1, 2, 0), -1) for title, t in parts]
         return draw_pictures(pictures, size=1.9)
 
 # %% ../nbs/17z_excite.ipynb #checks
@@ -237,3 +238,9 @@ def check_halved_step(answer: Callable):   # (f, x, slope, step) -> x + step*slo
     expect(f(got) >= f(0.), f'f fell from -1 to {f(got):.1f}: the step was too long')
     expect(got != 0, 'do not give up after one try: halve the step')
     expect(abs(got - 1.5) < 1e-9, f'steps 3 and 1.5 are too long, 0.75 is not: expected 1.5, got {got}')
+    asked = []
+    def flat(x):
+        asked.append(x)
+        expect(len(asked) < 100, 'where nothing helps, the step is halved for ever: give up after 8 tries')
+        return 0.
+    expect(answer(flat, 2., 1., 3.) == 2, 'where nothing helps, x must stay what it is')

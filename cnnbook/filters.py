@@ -55,7 +55,9 @@ def class_filters(
     with eval_mode(model), keep_rng(), torch.inference_mode(False), torch.enable_grad(), \
             capture(model, layer, grads=True) as seen:
         x = as_batch(model, image).clone()
-        k = torch.as_tensor(range(model(x).shape[1]) if classes is None else classes)
+        n = model(x).shape[1]
+        k = torch.as_tensor(range(n) if classes is None else classes)
+        if ((k < 0) | (k >= n)).any(): raise ValueError(f'classes: expected 0 to {n - 1}, got {k.tolist()}')
         many = x.expand(len(k), *x.shape[1:]).clone().requires_grad_()
         scores = model(many)[torch.arange(len(k)), k]
         if scores.requires_grad: torch.autograd.grad(scores.sum(), many, allow_unused=True)
@@ -157,7 +159,7 @@ def film(
 def check_snapshot_count(answer: Callable):   # (epochs, resumed_at=None) -> number of files
     "How many snapshots a run leaves."
     expect(answer(10) != 10, 'one more is written at the end: otherwise the last epoch is never seen')
-    expect(answer(10) == 11, f'ten starts and one end are 11 files, got {answer(10)}')
+    expect(answer(10) == 11 and answer(3) == 4, f'ten starts and one end are 11 files, got {answer(10)}')
     expect(answer(10, resumed_at=4) == 11, 'the file of epoch 4 is there already and is written again, not beside it')
 
 

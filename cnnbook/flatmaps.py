@@ -52,6 +52,8 @@ def draw_map(
 ) -> None:
     "A scatter: the mark tells the class, the colour helps. No ticks, as the axes have no unit."
     if points.shape != (len(y), 2): raise ValueError(f'points: expected shape ({len(y)}, 2), got {tuple(points.shape)}')
+    if wrong is not None and wrong.shape != y.shape:
+        raise ValueError(f'wrong: expected shape {tuple(y.shape)}, got {tuple(wrong.shape)}')
     out = [int(v) for v in y.unique() if not 0 <= v < len(classes)]
     if out: raise ValueError(f'y: expected 0..{len(classes) - 1}, got {out[0]}')
     for k, name in enumerate(classes):
@@ -73,7 +75,8 @@ def tsne(
     "A map (N, 2) that keeps neighbours together, by scikit-learn. Its distances, sizes and densities mean nothing."
     from sklearn.manifold import TSNE  # late: it takes its time
     if init not in ('pca', 'random'): raise ValueError(f"init: expected 'pca' or 'random', got {init!r}")
-    start = pca(x, 2).transform(x)   # says what is wrong with x, if something is
+    start = pca(x).transform(x)[:, :2]   # says what is wrong with x, if something is
+    start = torch.nn.functional.pad(start, (0, 2 - start.shape[1]))              # points on a line have one column
     if not 1 <= perplexity < len(x): raise ValueError(f'perplexity: expected 1 to below {len(x)}, got {perplexity}')
     start = (1e-4*start/start[:, 0].std()).float().numpy() if init == 'pca' else init
     make = TSNE(2, perplexity=perplexity, init=start, random_state=seed, learning_rate='auto')
@@ -207,3 +210,4 @@ def check_same_map(answer: Callable):   # two maps (N, 2) -> are they equal but 
     expect(answer(a, turned), 'turned, flipped or moved, it is the same map: compare distances')
     expect(answer(a, 3*turned), 'a map has no unit: bring both to one scale')
     expect(not answer(a, a*torch.tensor([1., 2.])), 'these are different: one is stretched along one axis')
+    expect(not answer(a, a.flip(0)), 'these are different: row k is another point in the other map')

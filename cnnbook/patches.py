@@ -36,7 +36,8 @@ class Patches:
 
     def __repr__(self):
         top = ', '.join(f'{v:.3g} in image {i}' for v, i in zip(self.value[:3].tolist(), self.index[:3].tolist()))
-        return f'{len(self.index)} patches for channel {self.channel} of {self.layer}: {top}, ...; {self.border}'
+        more = ', ...' if len(self.index) > 3 else ''
+        return f'{len(self.index)} patches for channel {self.channel} of {self.layer}: {top}{more}; {self.border}'
 
     def plot(self, titles: Sequence[str] = ()) -> Figure:   # titles: up to k words; () shows the values
         "The patches in a row."
@@ -74,7 +75,9 @@ def max_patches(
 ) -> Patches:
     "The places of a data set that excite a channel most, of equals the first; leaves no trace."
     x, best = getattr(data, 'x', data), torch.empty(3, 0, dtype=torch.float64)
-    if not 1 <= k <= len(x): raise ValueError(f'k: expected 1 to {len(x)}, one for each image, got {k}')
+    if not (1 <= k <= len(x) if per_image else k >= 1):
+        most = f'1 to {len(x)}, one for each image' if per_image else 'at least 1'
+        raise ValueError(f'k: expected {most}, got {k}')
     device = next(model.parameters(), torch.empty(0)).device
     with eval_mode(model), keep_rng(), torch.no_grad(), capture(model, layer) as seen:
         for start in range(0, len(x), batch_size):

@@ -211,10 +211,11 @@ def _noise_size(x, sigma, dims=(1, 2, 3), low=Tensor.amin): return sigma*(x.amax
 def check_noise_size(answer: Callable):   # (x (B, C, H, W), sigma) -> (B, 1, 1, 1) deviation of the noise
     "How strong SmoothGrad's noise is."
     x = torch.tensor([[-1., 0, 0, 3], [5, 5, 6, 6]]).view(2, 1, 2, 2)
-    got = answer(x, .5).flatten().tolist()
+    shape, got = tuple(answer(x, .5).shape), answer(x, .5).flatten().tolist()
     expect(len(got) == 2 and got[0] != 3.5, 'each image has its own range')
     expect(got != [1.5, 3.], 'subtract the smallest value: an image need not begin at 0')
     expect(got == [2., .5], f'the range is from the smallest to the largest value; expected 2 and 0.5, got {got}')
+    expect(shape == (2, 1, 1, 1), f'so that it multiplies a batch, expected shape (2, 1, 1, 1), got {shape}')
 
 
 def _average_first(grad, x, noise, over=strongest, last=False):

@@ -37,9 +37,12 @@ class Curve:
 
 def _curve(kind, model, x, maps, target, steps, fill, batch_size):
     if steps < 1: raise ValueError(f'steps: expected at least 1, got {steps}')
+    if not len(x): raise ValueError('x: expected at least one image, got none')
     with looking(model, x) as x, torch.no_grad():
-        if maps.shape != (len(x), *x.shape[2:]) or not maps.isfinite().all():
-            raise ValueError(f'maps: expected {(len(x), *x.shape[2:])} finite numbers, got {tuple(maps.shape)}')
+        if maps.shape != (len(x), *x.shape[2:]):
+            raise ValueError(f'maps: expected shape {(len(x), *x.shape[2:])}, got {tuple(maps.shape)}')
+        if not maps.isfinite().all():
+            raise ValueError(f'maps: expected finite numbers, got {maps[~maps.isfinite()][0].item()}')
         scores, layout = plain_scores(model, x, batch_size)
         y, n = target_labels(scores, target)[:, None], maps[0].numel()
         place = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view(len(x), 1, *x.shape[2:])

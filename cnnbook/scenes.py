@@ -52,11 +52,12 @@ def homography(
     source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
     for name, points in (('source', source), ('target', target)):
         if points.shape != (4, 2): raise ValueError(f'{name}: expected shape (4, 2), got {points.shape}')
+        areas = [abs(np.linalg.det(np.c_[np.delete(points, k, 0), np.ones(3)])) for k in range(4)]   # each twice
+        if min(areas) <= 1e-9*np.ptp(points, 0).max()**2:
+            raise ValueError(f'{name}: expected no three corners on a line, got {points.tolist()}')
     rows = [(x, y, 1, 0, 0, 0, -u*x, -u*y) for (x, y), (u, v) in zip(source, target)]
     rows += [(0, 0, 0, x, y, 1, -v*x, -v*y) for (x, y), (u, v) in zip(source, target)]
-    try: entries = np.linalg.solve(np.array(rows), target.T.ravel())
-    except np.linalg.LinAlgError as e: raise ValueError('source: expected no three corners on a line') from e
-    return np.append(entries, 1).reshape(3, 3)
+    return np.append(np.linalg.solve(np.array(rows), target.T.ravel()), 1).reshape(3, 3)
 
 
 def project(
@@ -110,7 +111,7 @@ def _touch(p, q):   # two quads (4, 2), each made a quarter larger
     return pair_iou(*((c.mean(0) + 1.25*(c - c.mean(0))).tolist() for c in (p, q))) > 0
 
 
-def _colour(rng, behind, faint):   # (3,) that differs from the colour behind it: by .25 if faint, else by .35 or more
+def _colour(rng, behind, faint):   # (3,) whose brightness is .25 from that behind it if faint, else about .35 or more
     if faint: return behind + rng.choice([-.25, .25])
     colour, light = rng.random(3), behind.mean()
     if abs(colour.mean() - light) < .35: colour += light + (.5 if light < .5 else -.5) - colour.mean()
@@ -228,6 +229,9 @@ def check_scene_generator(answer):   # (seed, index) -> np.random.Generator
     expect(draw(0, 3) == draw(0, 3), 'scene 3 of seed 0 comes out another one every time')
     expect(draw(0, 0) != draw(0, 1), 'all scenes of a seed are the same scene')
     expect(draw(0, 1) != draw(1, 0), 'scene 1 of seed 0 is scene 0 of seed 1: the sets overlap')
+    index = *range(40), 100, 1000, 10**4, 10**5
+    every = {draw(s, i) for s in range(5) for i in index}
+    expect(len(every) == 5*len(index), 'a scene of one seed is a scene of another: the sets overlap')
 
 
 def _word_corners(w, h, degrees):

@@ -57,8 +57,8 @@ _WORDS = {True: 'passed', False: 'failed', None: 'open'}
 
 
 def _harmless(value):
-    text = str(value)
-    return f"'{text}" if text.lstrip()[:1] in set('=+-@') or text[:1] in set('\t\r') else value
+    text = ''.join(c if c.isprintable() else ' ' for c in str(value))   # no tab, no escape code
+    return f"'{text}" if text.lstrip()[:1] in set('=+-@') else text
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Grades:
     def to_csv(self, path: Path | str) -> None:
         "Save the table of exercises; no cell of it is a formula."
         table, text = self.exercises(), io.StringIO(newline='')
-        csv.writer(text).writerows([*map(_harmless, row)] for row in (table.head, *table.rows))
+        csv.writer(text, quoting=csv.QUOTE_ALL).writerows([*map(_harmless, row)] for row in (table.head, *table.rows))
         with write_atomic(path) as f: f.write(text.getvalue().encode('utf-8-sig'))  # the mark tells Excel: UTF-8
 
 # %% ../nbs/32_teach.ipynb #grade

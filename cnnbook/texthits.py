@@ -45,6 +45,7 @@ def match_words(
     "Give each detection at most one word and each word at most one detection, the best detection first."
     for name, x in (('found', found), ('truth', truth)):
         if x.ndim != 3 or x.shape[1:] != (4, 2): raise ValueError(f'{name}: expected (N, 4, 2), got {tuple(x.shape)}')
+    if not 0 <= iou_threshold < 1: raise ValueError(f'iou_threshold: expected 0 to below 1, got {iou_threshold}')
     ignore = torch.zeros(len(truth), dtype=torch.bool) if ignore is None else torch.as_tensor(ignore).bool().cpu()
     if ignore.shape != truth.shape[:1]:
         raise ValueError(f'ignore: expected {len(truth)} flags, got {tuple(ignore.shape)}')

@@ -33,7 +33,7 @@ def balanced_loss(
     target: Tensor,  # (B, 1, h, w) 0 or 1
     mask: Tensor,    # (B, 1, h, w) 0 where a cell does not count
 ) -> Tensor:         # (), 0 with a zero gradient where no cell is text
-    "Cross-entropy in which text weighs as much as ground (EAST, equation 4)."
+    "Cross-entropy in which text weighs as much as ground (EAST, equation 5)."
     n = mask.sum().clamp(min=1)
     ground = 1 - (target*mask).sum()/n                                       # beta, the share of ground
     text, rest = (x.clamp(min=1e-7).log() for x in (score, 1 - score))
@@ -45,7 +45,7 @@ def iou_loss(
     target: Tensor,    # (B, 5, h, w)
     text: Tensor,      # (B, 1, h, w) 1 at the cells that count
 ) -> Tensor:           # (), 0 where none counts
-    "Mean of -log IoU of the rectangles around each text cell, as if both had the same angle (EAST, equation 6)."
+    "Mean of -log IoU of the rectangles around each text cell, as if both had the same angle (EAST, equation 7)."
     d, t = (x.movedim(1, -1)[text[:, 0] > 0][:, :4].float() for x in (geometry, target))   # (N, 4)
     size = lambda x: (x[:, 0] + x[:, 2])*(x[:, 1] + x[:, 3])
     common = size(torch.minimum(d, t))
@@ -57,7 +57,7 @@ def angle_loss(
     target: Tensor,    # (B, 5, h, w)
     text: Tensor,      # (B, 1, h, w) 1 at the cells that count
 ) -> Tensor:           # (), 0 where none counts
-    "Mean of 1 - cos of the angle's error at text cells (EAST, equation 9)."
+    "Mean of 1 - cos of the angle's error at text cells (EAST, equation 10)."
     return ((1 - torch.cos(geometry[:, 4:] - target[:, 4:]))*text).sum()/text.sum().clamp(min=1)
 
 

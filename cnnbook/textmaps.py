@@ -105,7 +105,9 @@ def encode(
     border: bool = True,                # leave out what lies between shrunk and full quads (FOTS), or not (EAST)
 ) -> TextMaps:
     "The maps that stand for some quads."
+    if stride < 1: raise ValueError(f'stride: expected at least 1, got {stride}')
     h, w = (s//stride for s in ((size, size) if isinstance(size, int) else size))
+    if min(h, w) < 1: raise ValueError(f'size: expected at least {stride} pixels a side, got {size}')
     quads = torch.as_tensor(quads, dtype=torch.float64).reshape(-1, 4, 2).cpu()
     for row, (q, ring) in enumerate(zip(quads.tolist(), as_quads(quads.numpy(), 'quads'))):
         if q != [list(p) for p in ring]: raise ValueError(f'quads: expected corners clockwise, got {q} in row {row}')

@@ -148,6 +148,10 @@ FORGED = {                                                           # each forg
     'patches': ('import cnnbook.loop as l, cnnbook.exercise as e\nanswer_batch_count = lambda *a, **k: 7\n'
                 'answer_batch_count.x = [setattr(m, k, lambda *a: 0) for m in (l, e) for k in ("expect", "Verdict")]',
                 'rounded down'),
+    'patches while it is judged': ('import cnnbook.loop as l\ndef answer_batch_count(*a, **k):\n'
+                                   '    l.expect = lambda *a: None\n    return 7', "changes the book's modules"),
+    'loads anew': ('import importlib, cnnbook.loop as l\nl = importlib.reload(l)\n'
+                   'answer_batch_count = l.check_batch_count.solution', "changes the book's modules"),
     'takes': ('import cnnbook.loop as l\nanswer_batch_count = l.check_batch_count.solution', 'solution'),
     'exits': ('import sys\nanswer_batch_count = sys.exit("right")', 'SystemExit'),
     'missing': ('answer_batch_count = my_helper', "'my_helper' is not defined"),
@@ -196,7 +200,7 @@ def test_class_of_nuisances(tmp_path):
         words = {v.message for v in grades.verdicts[name]['05c_loop'].values()}
         assert words == {'05c_loop.ipynb: expected a plain file, got none'}
     grades.to_csv(tmp_path/'grades.csv')
-    assert "\n'=mallory," in (tmp_path/'grades.csv').read_text(encoding='utf-8-sig').replace('\r', '')
+    assert '\n"\'=mallory",' in (tmp_path/'grades.csv').read_text(encoding='utf-8-sig').replace('\r', '')
     assert set(os.listdir(tmp_path)) == home | {'grades.csv'}                   # no note of a pass, nothing left
     if answers._apart():                                               # then even one that left its group is gone
         there = [p for p in Path('/proc').glob('[0-9]*') if b'sleep(77.25)' in quiet_read(p/'cmdline')]

@@ -77,11 +77,13 @@ def main(*names):
     os.environ.pop('MPLBACKEND', None)                      # the kernel shows figures by its own
     chapters = sorted(NBS.glob('[0-9]*.ipynb')) + [NBS/'index.ipynb']            # index last: it shows the budget
     budget_path = NBS/'budget.json'
-    budget = json.loads(budget_path.read_text()) if budget_path.exists() else {}
+    measured = {}
     for path in (p for p in chapters if not names or any(p.name.startswith(n) for n in names)):
         seconds, peak = execute(path)
-        if os.environ.get('CNNBOOK_FULL') != '1': budget[path.stem] = {'seconds': round(seconds, 1), 'peak_mb': peak}
+        if os.environ.get('CNNBOOK_FULL') != '1': measured[path.stem] = {'seconds': round(seconds, 1), 'peak_mb': peak}
         print(f'{path.stem:16}{seconds:6.1f} s{peak:8} MB{path.stat().st_size//1024:6} KB', flush=True)
+    budget = json.loads(budget_path.read_text()) if budget_path.exists() else {}   # read late: runs may overlap
+    budget |= measured
     budget = {k: budget[k] for k in sorted(budget) if (NBS/f'{k}.ipynb').exists()}
     budget_path.write_text(json.dumps(budget, indent=1) + '\n')
     subprocess.run([Path(sys.executable).parent/'nbdev_clean'], check=True, cwd=NBS.parent)
