@@ -1,7 +1,8 @@
 """Maps of what matters: `cnnbook.attribution` against captum on a ResNet-18 with images of 224 pixels and random
-weights. Occlusion with 49 windows of 32 pixels, against captum as it comes (one window a pass) and with the best of
-several batch sizes; Grad-CAM of the last stage, enlarged to the image, against captum's `LayerGradCam` with its
-`interpolate`. One thread, processor time, medians of alternating rounds; the maps are compared before times are.
+weights. Occlusion with 49 windows of 32 pixels, plain and in pieces (`nearby_occlusion` up to `layer1`), against captum
+as it comes (one window a pass) and with the best of several batch sizes; Grad-CAM of the last stage, enlarged to the
+image, against captum's `LayerGradCam` with its `interpolate`. One thread, processor time, medians of rounds in turns;
+the maps are compared before times are.
 
     pip install captum                    in the extra `peers`
     python benchmarks/attribution.py      exit code 1 if it is slower than claimed
@@ -17,10 +18,12 @@ import torchvision
 
 from cnnbook.attribution import grad_cam, occlusion
 from cnnbook.device import describe
+from cnnbook.nearby import nearby_occlusion
 
 ROUNDS = int(os.environ.get('ROUNDS', 5))
 SIZES = 4, 8, 16                           # covered images in a pass that captum is tried with
-FLOORS = {'occlusion: times as fast': 1.5, 'occlusion in bf16: times as fast': 4, 'Grad-CAM: times as fast': 1}
+FLOORS = {'occlusion: times as fast': 1.1, 'occlusion in pieces: times as fast': 1.5,
+          'occlusion in bf16: times as fast': 4, 'Grad-CAM: times as fast': 1}
 
 
 def seconds(f):
@@ -59,6 +62,10 @@ def measure():
     theirs = partial(peer.attribute, x, (3, 32, 32), (3, 32, 32), baselines=0, target=target)
     figures['occlusion: largest difference'] = same('occlusion', ours(), theirs()[:, 0])
     note(figures, 'occlusion', 'captum', compare(ours, theirs))
+
+    pieces = partial(nearby_occlusion, model, x, 'layer1', target, 32, 32, 0., overhang=False)
+    figures['occlusion in pieces: largest difference'] = same('occlusion in pieces', pieces(), theirs()[:, 0])
+    note(figures, 'occlusion in pieces', 'captum', compare(pieces, theirs))
 
     best = min(SIZES, key=lambda n: min(seconds(partial(theirs, perturbations_per_eval=n)) for _ in range(2)))
     figures['occlusion against the best of captum: its perturbations_per_eval'] = best

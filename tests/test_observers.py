@@ -22,6 +22,7 @@ from cnnbook.fields import pixels_seen
 from cnnbook.filters import class_filters
 from cnnbook.gradients import grad_cam, guided_backprop, integrated_gradients, saliency, smooth_grad
 from cnnbook.hooks import capture, eval_mode, tree
+from cnnbook.nearby import cell_reach, nearby_occlusion
 from cnnbook.occlusion import occlusion
 from cnnbook.pictures import feature_maps, plot_filters
 from cnnbook.sanity import deletion_curve, insertion_curve, randomized
@@ -91,6 +92,14 @@ def on_maps(look):
     return run
 
 
+def in_pieces(look):
+    "An observer of one image that may say of a layer that pieces do not do there."
+    def run(model, image, conv):
+        try: return look(model, image[None], conv)
+        except ValueError as e: assert str(e).startswith(('layer: expected', 'model: expected scores')), e
+    return run
+
+
 def on_scores(look):
     "An observer of classifiers."
     def run(model, x):
@@ -132,6 +141,8 @@ OBSERVERS = [
     ('grad_cam', if_it_can(grad_cam)),
     ('integrated_gradients', if_it_can(lambda model, x: integrated_gradients(model, x, steps=2))),
     ('occlusion', if_it_can(lambda model, x: occlusion(model, x, stride=8))),
+    ('cell_reach', on_maps(in_pieces(lambda model, x, conv: cell_reach(model, x, conv)))),
+    ('nearby_occlusion', on_maps(in_pieces(lambda model, x, conv: nearby_occlusion(model, x, conv, 0, stride=8)))),
     ('deletion_curve', if_it_can(lambda model, x: deletion_curve(model, x, x[:, 0], steps=2))),
     ('insertion_curve', if_it_can(lambda model, x: insertion_curve(model, x, x[:, 0], steps=2))),
     ('randomized', if_it_can(lambda model, x: randomized(model))),

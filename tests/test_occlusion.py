@@ -8,6 +8,8 @@ import torchvision
 from torch import nn
 
 from cnnbook.cifar import ClassicNet
+from cnnbook.hooks import capture
+from cnnbook.nearby import cell_reach, nearby_occlusion
 from cnnbook.occlusion import blank, covers, near, occlusion, pointing_game
 from cnnbook.sanity import deletion_curve, insertion_curve, map_similarity, randomized
 from cnnbook.trace import no_trace
@@ -38,6 +40,9 @@ def test_equals_captum_peers(name):
         theirs = captum.Occlusion(model).attribute(x, (3, h, w), (3, i, j), target=1, baselines=fill)[:, 0]
         ours = occlusion(model, x, 1, (h, w), (i, j), fill, batch_size=5, overhang=False)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4*float(theirs.abs().max()))
+    if name == 'resnet18':
+        ours = nearby_occlusion(model, x, 'maxpool', 1, (h, w), (i, j), fill, overhang=False)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4*float(theirs.abs().max()))
 
 
 def by_loops(model, x, target, window, stride, fill):
@@ -66,6 +71,56 @@ def test_equals_loops_at_random():
         for k in range(2):
             wanted = by_loops(model, x[k:k + 1], k + 1, window, stride, blank(x, fill)[k:k + 1])
             torch.testing.assert_close(ours[k], wanted, rtol=1e-3, atol=1e-4)
+
+
+PIECES = [('small', '0', 20), ('small', '2', 20), ('resnet18', 'maxpool', 64), ('resnet18', 'layer1', 96),
+          ('vgg11', 'features.2', 64), ('vgg11', 'features.5', 64)]
+
+
+@pytest.mark.parametrize('name, layer, side', PIECES)
+def test_pieces_give_the_same_map(name, layer, side):
+    r = np.random.default_rng(side)
+    torch.manual_seed(0)
+    model = NETS[name][0]().eval()
+    for n in range(4):
+        window = tuple(int(v) for v in r.integers(side//4, side//2, 2))
+        stride = tuple(int(r.integers(v//2, v + 1)) for v in window)
+        x, fill, overhang = pixels(2, 3, side, side, seed=n), ('mean', 'blur', .3)[n % 3], bool(n % 2)
+        wanted = occlusion(model, x, torch.tensor([1, 2]), window, stride, fill, overhang=overhang)
+        size = int(r.integers(1, 20))
+        got = nearby_occlusion(model, x, layer, torch.tensor([1, 2]), window, stride, fill, size, overhang)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4*float(wanted.abs().max()))
+
+
+def test_a_cell_that_is_touched_is_touched():
+    "Every cell that a changed pixel changes is among the touched ones, along both sides."
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(num_classes=7).eval(), pixels(1, 3, 64, 96)
+    for layer in ('conv1', 'maxpool', 'layer1', 'layer2'):
+        down, across = cell_reach(model, x, layer)
+        assert down.cells*down.jump == 64 and across.cells*across.jump == 96
+        for row, col in ((0, 0), (31, 40), (63, 95), (17, 64)):
+            other = x.clone()
+            other[:, :, row, col] += 5
+            with torch.no_grad(), capture(model, layer) as a: model(x)
+            with torch.no_grad(), capture(model, layer) as b: model(other)
+            changed = (a[layer] != b[layer])[0].any(0)
+            assert set(changed.any(1).nonzero().flatten().tolist()) <= set(down.touched(row, row + 1))
+            assert set(changed.any(0).nonzero().flatten().tolist()) <= set(across.touched(col, col + 1))
+
+
+@pytest.mark.parametrize('layer, words', [('layer1.0.bn2', 'depend on alone'), ('layer4.1', 'depend on alone'),
+                                          ('fc', 'one map'), ('layer9', 'conv1, bn1')])
+def test_where_pieces_do_not_do_it_is_said(layer, words):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=7).eval()
+    if layer == 'layer4.1':                                              # a path around all layers
+        class Around(nn.Module):
+            def __init__(self): super().__init__(); self.net = model
+            def forward(self, x): return self.net(x) + x.mean((2, 3)).sum(1, keepdim=True)
+        model, layer = Around(), 'net.maxpool'
+    with no_trace(model), pytest.raises(ValueError, match=words):
+        nearby_occlusion(model, pixels(1, 3, 64, 64), layer, window=16, stride=16)
 
 
 def test_every_pixel_is_covered_alike():
