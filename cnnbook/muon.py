@@ -21,10 +21,11 @@ def orthogonalize(
 ) -> Tensor:          # of g's shape; its large singular values lie near 1, tiny ones are 3.4**steps times larger
     "Directions of g with about equal lengths, by Newton-Schulz steps with Jordan's coefficients."
     if g.ndim < 2: raise ValueError(f'g: expected a matrix or filters, got shape {tuple(g.shape)}')
+    if not g.is_floating_point(): raise TypeError(f'g: expected floats, got {g.dtype}')
     x = g.flatten(1).float()
     tall = len(x) > x.shape[1]
     if tall: x = x.T                                  # the product below is then the smaller one
-    x = x/(x.norm() + 1e-7)
+    x = x/x.norm().clamp(min=1e-30)
     for _ in range(steps):
         s = x@x.T
         x = 3.4445*x + (-4.7750*s + 2.0315*s@s)@x
@@ -40,18 +41,22 @@ class Muon(torch.optim.Optimizer):
         momentum: float = .6,
         weight_decay: float = .03,   # orthogonal: lr times this share is taken off; otherwise added to the gradient
         orthogonal: bool = True,     # False for biases, norms and the last layer
-        keep_length: bool = False,   # orthogonal: before the step, bring the O filters to the length sqrt(O)
+        keep_length: bool = False,   # orthogonal: no decay, but bring the O filters to the length sqrt(O) first
     ):
         super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay,
                                   'orthogonal': orthogonal, 'keep_length': keep_length})
-        for group in self.param_groups:
-            for name, ok, wanted in (('lr', group['lr'] >= 0, 'at least 0'),
-                                     ('momentum', 0 <= group['momentum'] < 1, 'at least 0 and below 1'),
-                                     ('weight_decay', group['weight_decay'] >= 0, 'at least 0')):
-                if not ok: raise ValueError(f'{name}: expected {wanted}, got {group[name]}')
-            flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2]
-            if group['orthogonal'] and flat:
-                raise ValueError(f'params: expected matrices or filters in an orthogonal group, got shape {flat[0]}')
+
+    def add_param_group(self, param_group: dict) -> None:   # param_group: 'params', and any of the settings
+        "One more group of parameters; a setting out of range is refused."
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, ok, wanted in (('lr', group['lr'] >= 0, 'at least 0'),
+                                 ('momentum', 0 <= group['momentum'] < 1, 'at least 0 and below 1'),
+                                 ('weight_decay', group['weight_decay'] >= 0, 'at least 0')):
+            if not ok: raise ValueError(f'{name}: expected {wanted}, got {group[name]}')
+        flat = [tuple(p.shape) for p in group['params'] if p.ndim < 2]
+        if group['orthogonal'] and flat:
+            raise ValueError(f'params: expected matrices or filters in an orthogonal group, got shape {flat[0]}')
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -75,15 +80,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def muon_for_filters(
-    optimizer: torch.optim.SGD,   # with Nesterov momentum, not used yet
-    lr: float,                    # the filters' rate
-    **settings,                   # the filters' other settings, see Muon
+    optimizer: torch.optim.SGD,   # with Nesterov momentum; it has made no step, and has no scheduler yet
+    lr: float,                    # of the filters, as the following
+    momentum: float = .6,
+    weight_decay: float = .03,
+    keep_length: bool = False,
 ) -> Muon:                        # a group of filters, then the groups of the optimizer
     "The same groups and settings, but filters (O, I, k, k) are taken out and move by Muon."
     if not isinstance(optimizer, torch.optim.SGD) or not all(g['nesterov'] for g in optimizer.param_groups):
-        got = type(optimizer).__name__ + ' without'*isinstance(optimizer, torch.optim.SGD)
+        got = type(optimizer).__name__ + ' with nesterov=False'*isinstance(optimizer, torch.optim.SGD)
         raise ValueError(f'optimizer: expected SGD with nesterov=True, got {got}')
-    groups = [{'params': [p for g in optimizer.param_groups for p in g['params'] if p.ndim == 4], 'lr': lr, **settings}]
+    if any(g['maximize'] for g in optimizer.param_groups):
+        raise ValueError('optimizer: expected maximize=False, got True')
+    groups = [{'params': [p for g in optimizer.param_groups for p in g['params'] if p.ndim == 4], 'lr': lr,
+               'momentum': momentum, 'weight_decay': weight_decay, 'keep_length': keep_length}]
     for g in optimizer.param_groups:
         groups.append({'params': [p for p in g['params'] if p.ndim != 4], 'orthogonal': False,
                        **{k: g[k] for k in ('lr', 'momentum', 'weight_decay')}})
@@ -99,15 +109,15 @@ def _nearest(g, power=0, swap=False):
                                     (lambda g: _nearest(g, swap=True), 'transposed'), (lambda g: g/g.norm(), 'length')])
 def check_nearest_matrix(answer: Callable):   # G (n, n) -> (n, n), all singular values 1
     "The nearest orthogonal matrix."
-    g = torch.tensor([[0., -3], [1, 0]])
+    g = torch.tensor([[2., -1], [3, 1]])                       # its nearest orthogonal matrix has simple numbers
     got = torch.as_tensor(answer(g.clone()))
-    near = lambda want: got.shape == want.shape and torch.allclose(got, want, atol=1e-5)
-    expect(not near(g), 'that is the same matrix: set the singular values to 1')
-    expect(not near(g/g.norm()), 'dividing by the length keeps the loud directions loud')
-    expect(not near(torch.tensor([[0., -1/3], [1, 0]])), 'that takes the inverse of each value; set them to 1')
-    expect(not near(torch.tensor([[0., 1], [-1, 0]])), 'that one is transposed: U first, then V transposed')
-    expect(near(torch.tensor([[0., -1], [1, 0]])),
-           f'of [[0, -3], [1, 0]] expected [[0, -1], [1, 0]], got {got.tolist()}')
+    near = lambda *want: torch.allclose(got, torch.tensor(want).view(2, 2), atol=1e-5)
+    expect(got.shape == (2, 2), f'expected shape (2, 2), got {tuple(got.shape)}')
+    expect(not near(2., -1, 3, 1), 'that is the same matrix: set the singular values to 1')
+    expect(not torch.allclose(got, g/g.norm()), 'dividing by the length keeps the loud directions loud')
+    expect(not near(.2, -.6, .2, .4), 'that takes the inverse of each value; set them to 1')
+    expect(not near(.6, .8, -.8, .6), 'that one is transposed: U first, then V transposed')
+    expect(near(.6, -.8, .8, .6), f'of [[2, -1], [3, 1]] expected [[.6, -.8], [.8, .6]], got {got.tolist()}')
 
 # %% ../nbs/12cb_muon.ipynb #check-step-length
 @exercise(solution=lambda o, i, k: min(o, i*k*k)**.5,
@@ -141,7 +151,8 @@ def check_rounds_needed(answer: Callable):   # (singular value, floor) -> rounds
     expect(got != [2, 4, 7], 'that is one too many: stop as soon as the value has reached the floor')
     expect(got != [0, 2, 5], 'that is one too few: count until the value has reached the floor')
     expect(got == [1, 3, 6], f'values .2, .04 and .001 need 1, 3 and 6 rounds to reach .5, got {got}')
-    expect(answer(.7, .5) == 0, 'a value above the floor needs no round')
+    expect(answer(.7, .5) == 0 and answer(.2, .1) == 0, 'a value above the floor needs no round')
+    expect(answer(.16, .55) == 2, 'use all three terms, and the floor that is given')
 
 # %% ../nbs/12cb_muon.ipynb #check-steady-length
 @exercise(solution=lambda lr, decay, step: lr*step/(1 - (1 - lr*decay)),
@@ -154,4 +165,5 @@ def check_steady_length(answer: Callable):   # (lr, decay, step length) -> longe
     expect(abs(got - 8) > 1e-9, 'the rate counts twice, in the step and in the decay')
     expect(abs(got - .4) > 1e-9, 'that is one step; add up what is left of all earlier ones')
     expect(abs(got - 80) < 1e-6, f'steps of .4 all the same way, .5 % taken off each time: .4/.005 = 80, got {got}')
+    expect(abs(answer(.1, .1, 3.) - 30) < 1e-6, 'the decay counts, and the length of a step')
     expect(abs(answer(.2, .05, 4.) - 80) < 1e-6, 'the rate cancels out: step by step .8 is added and 1 % is taken off')

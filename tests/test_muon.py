@@ -93,7 +93,7 @@ def test_kept_length():
 @pytest.mark.parametrize('make, words', [
     (lambda p: Muon(p, weight_decay=-1), 'weight_decay: expected at least 0, got -1'),
     (lambda p: Muon(p, momentum=-.1), 'momentum: expected at least 0 and below 1, got -0.1'),
-    (lambda p: muon_for_filters(torch.optim.SGD(p, .1), .1), 'expected SGD with nesterov=True, got SGD without'),
+    (lambda p: muon_for_filters(torch.optim.SGD(p, .1), .1), 'nesterov=True, got SGD with nesterov=False'),
     (lambda p: muon_for_filters(torch.optim.AdamW(p), .1), 'expected SGD with nesterov=True, got AdamW')])
 def test_refused(make, words):
     with pytest.raises(ValueError, match=words): make([nn.Parameter(torch.ones(4, 4))])

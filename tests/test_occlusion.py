@@ -92,6 +92,30 @@ def test_pieces_give_the_same_map(name, layer, side):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4*float(wanted.abs().max()))
 
 
+def test_pieces_behind_a_wide_max_pool_of_few_channels():
+    for seed in range(6):
+        torch.manual_seed(seed)
+        early = nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4)
+        model = nn.Sequential(*early, nn.Flatten(), nn.Linear(128, 5))
+        x = pixels(1, 3, 32, 32, seed=seed)
+        torch.testing.assert_close(nearby_occlusion(model, x, '2', 1), occlusion(model, x, 1), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('factor', [1., .01, .001])
+def test_a_wrong_layer_is_found_however_small_the_scores(factor):
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        def forward(self, x): return factor*(self.fc(self.conv(x).mean((2, 3))) + x.mean((1, 2, 3))[:, None])
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match='others than those of the whole'):
+        nearby_occlusion(Skip(), pixels(1, 3, 32, 32), 'conv', 1)
+    torch.manual_seed(0)
+    guessed = nn.Sequential(nn.Conv2d(3, 4, 17), nn.Flatten(), nn.Linear(1024, 5))         # 16 cells, but a jump of 1
+    with pytest.raises(ValueError, match='depend on alone'): nearby_occlusion(guessed, pixels(1, 3, 32, 32), '0', 1)
+
+
 def test_a_cell_that_is_touched_is_touched():
     "Every cell that a changed pixel changes is among the touched ones, along both sides."
     torch.manual_seed(0)
