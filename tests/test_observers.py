@@ -96,7 +96,8 @@ def in_pieces(look):
     "An observer of one image that may say of a layer that pieces do not do there."
     def run(model, image, conv):
         try: return look(model, image[None], conv)
-        except ValueError as e: assert str(e).startswith(('layer: expected', 'model, layer: expected', 'model: expected scores')), e
+        except ValueError as e:
+            assert str(e).startswith(('layer: expected', 'model, layer: expected', 'model: expected scores')), e
     return run
 
 
