@@ -97,6 +97,7 @@ def in_pieces(look):
     def run(model, image, conv):
         try: return look(model, image[None], conv)
         except ValueError as e:
+            if isinstance(e.__cause__, Boom): raise e.__cause__ from None       # said as the reason of a refusal
             assert str(e).startswith(('layer: expected', 'model, layer: expected', 'model: expected scores')), e
     return run
 
