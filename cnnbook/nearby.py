@@ -32,7 +32,7 @@ class Reach:
         return range(max(0, (begin - self.first - self.size)//self.jump + 1),
                      min(self.cells, -((self.first - end)//self.jump)))
 
-
+# %% ../nbs/17ya_nearby.ipynb #replaced
 @contextmanager
 def _replaced(model: nn.Module, layer: str, change: Callable) -> Iterator[None]:
     "While inside, the layer gives what `change` makes of its output."
@@ -42,7 +42,7 @@ def _replaced(model: nn.Module, layer: str, change: Callable) -> Iterator[None]:
     try: yield
     finally: handle.remove()
 
-
+# %% ../nbs/17ya_nearby.ipynb #cell-reach
 class _Reached(Exception): pass
 
 
@@ -94,7 +94,7 @@ def _pieces(reach, edges, pixels):   # length of all pieces, and of each window:
     length = min(pixels, max((e - s + reach.jump - 1)//reach.jump*reach.jump for s, e in zip(starts, ends)))
     return length, [min(s, pixels - length) for s in starts], cells
 
-
+# %% ../nbs/17ya_nearby.ipynb #nearby-occlusion
 def nearby_occlusion(
     model: nn.Module,                       # any network that takes x and gives scores (B, K)
     x: Tensor,                              # (B, C, H, W) floats, scaled as the model takes them
@@ -112,14 +112,14 @@ def nearby_occlusion(
     with looking(model, x) as x, torch.no_grad():
         if not len(x): return x.new_zeros(0, *x.shape[2:])
         sides, tables = cell_reach(model, x, layer), _windows(x.shape[2:], window, stride, overhang)
-        down, across = (t.to(x.device) for t in tables)
-        cuts = [_pieces(r, _edges(t), n) for r, t, n in zip(sides, tables, x.shape[2:])]
+        (down, across), (down_at, across_at) = (t.to(x.device) for t in tables), map(_edges, tables)
+        cuts = [_pieces(*one) for one in zip(sides, (down_at, across_at), x.shape[2:])]
         (tall, tops, rows), (wide, lefts, columns) = cuts
         with _replaced(model, layer, lambda out: whole.append(_map(layer, out))):
             scores, layout = plain_scores(model, x, batch_size)
         whole = torch.cat(whole)[-len(x):]                                 # (B, C', h, w); of two tries the last
         run, y, kind = _relaid(model, layout), target_labels(scores, target)[:, None], whole.dtype
-        down_at, across_at, instead = _edges(tables[0]), _edges(tables[1]), blank(x, fill)
+        instead = blank(x, fill)
         looked = {(0, 0, 0), (0, len(rows)//2, len(columns)//2)}           # windows that are computed whole as well
         todo = [(b, r, c) for b in range(len(x)) for r in range(len(rows)) for c in range(len(columns))]
 
@@ -165,7 +165,7 @@ def _refusal(layer, why):
 
 def _room(covered, plain): return 1e-2*(covered - plain).abs().max() + 1e-5*plain.abs().max()   # for rounding
 
-# %% ../nbs/17ya_nearby.ipynb #checks
+# %% ../nbs/17ya_nearby.ipynb #check-cells-touched
 def _cells(first, jump, size, begin, end):
     return [p for p in range(99) if first + p*jump < end and first + p*jump + size > begin]
 
@@ -183,7 +183,7 @@ def check_cells_touched(answer: Callable):   # (first, jump, size, begin, end) -
     expect(list(answer(-1, 2, 4, 0, 4)) == [0, 1, 2], 'there is no cell before cell 0')
     expect(got == list(range(5, 11)), f'expected the cells 5 to 10, got {got}')
 
-
+# %% ../nbs/17ya_nearby.ipynb #check-piece-start
 @exercise(solution=lambda first, jump, cell: max(0, first + cell*jump)//jump*jump,
           wrong=[(lambda first, jump, cell: max(0, first + cell*jump), 'grid'),
                  (lambda first, jump, cell: (first + cell*jump)//jump*jump, 'outside'),
@@ -197,7 +197,7 @@ def check_piece_start(answer: Callable):   # (first, jump, cell) -> where the pi
         got = answer(first, 4, cell)
         expect(got == right, f'first {first}, jump 4, cell {cell}: expected {right}, got {got}')
 
-
+# %% ../nbs/17ya_nearby.ipynb #check-saved-work
 @exercise(solution=lambda early, piece: 1/(early*piece + 1 - early),
           wrong=[(lambda early, piece: 1/piece, 'late layers'), (lambda early, piece: early*piece + 1 - early, 'times'),
                  (lambda early, piece: 1/(1 - early), 'for nothing')])
@@ -210,7 +210,7 @@ def check_saved_work(answer: Callable):   # (early layers' share of all work, pi
     expect(abs(answer(.25, .2) - 1.25) < 1e-9, 'the early layers shrink, the late ones stay')
     expect(abs(got - 1/.6) < 1e-9, f'half the work shrinks to a fifth: .1 + .5 is left, so 1.67 times, got {got:.2f}')
 
-
+# %% ../nbs/17ya_nearby.ipynb #check-stays-local
 @exercise(solution={'strided convolution': True, 'group norm': False, 'max pool': True,
                     'batch norm in evaluation': True, 'squeeze and excitation': False},
           wrong=[({'strided convolution': False, 'group norm': False, 'max pool': True,
