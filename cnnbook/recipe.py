@@ -176,8 +176,8 @@ class Recipe:
 
 CLASSIC = Recipe('classic', epochs=8, batch_size=128, lr=.1, filter_lr=.06, weight_decay=1e-3, shift=3,
                   flip='alternate', init='torch', dropout=0.)
-FAST = Recipe('fast', 'fast', epochs=12, batch_size=256, lr=9., filter_lr=.2, weight_decay=.0153, warmup=.2, late=3,
-              label_smoothing=.2, flip='alternate')
+FAST = Recipe('fast', 'fast', epochs=5, batch_size=256, lr=9., filter_lr=.2, weight_decay=.0153, warmup=.2, late=2,
+              widths=(64, 256, 256), label_smoothing=.2, flip='alternate')
 RECIPES = {r.name: r for r in (CLASSIC, FAST)}
 
 # %% ../nbs/12d_recipe.ipynb #check-crop-cost
