@@ -11,7 +11,7 @@ QUIET_ENV := CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg
 TEST_ENV := $(ONE_THREAD) $(QUIET_ENV)
 LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book site slow student bench clean
+.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book budget site slow student bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -98,6 +98,9 @@ drift:
 
 book: setup  ## execute the chapters and store their outputs (NB= names some; CNNBOOK_FULL=1 with the slow cells)
 	$(if $(CNNBOOK_FULL),,$(ONE_THREAD)) $(QUIET_ENV) $(BIN)/python tools/book.py $(NB)
+
+budget: setup  ## measure each chapter's time and memory offline (nbs/budget.json); above 60 s or 2 GB it fails
+	$(ONE_THREAD) $(QUIET_ENV) $(BIN)/python tools/book.py --measure $(NB)
 
 site: setup  ## the book as static pages in out/site (installs the site extra)
 	$(BIN)/python -m pip install -q -c $(OUT)/pins.txt -e '.[site]'

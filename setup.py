@@ -1,4 +1,4 @@
-"""Reads settings.ini, adds the one C++ extension and ships the data manifest inside the package."""
+"""Reads settings.ini, adds the one C++ extension, and ships manifest, chapters and examples inside the package."""
 import os
 import shutil
 from configparser import ConfigParser
@@ -21,12 +21,17 @@ def lines(key):
 
 
 class BuildPy(build_py):
-    """In a checkout the manifest is read from data/; a wheel carries a copy beside the modules."""
+    """What a checkout has beside the package, a wheel carries inside it: the manifest, the chapters, the examples."""
 
     def run(self):
         super().run()
-        if not self.editable_mode:
-            shutil.copy(HERE/'data'/'manifest.json', Path(self.build_lib)/'cnnbook'/'manifest.json')
+        if self.editable_mode: return
+        package = Path(self.build_lib)/'cnnbook'
+        shutil.copy(HERE/'data'/'manifest.json', package/'manifest.json')
+        for source, to, patterns in (('nbs', 'notebooks', ('*.ipynb', 'budget.json', '*.png')),
+                                     ('examples', 'examples', ('*.json',))):
+            (package/to).mkdir(exist_ok=True)
+            for path in (p for pattern in patterns for p in (HERE/source).glob(pattern)): shutil.copy(path, package/to)
 
 
 class BuildExt(build_ext):

@@ -45,6 +45,7 @@ class Report:
     visible: str = 'all'          # CUDA_VISIBLE_DEVICES; all: not set
     jetson: str = ''              # model of a Jetson; '' elsewhere
     jetpack: int | None = None    # its JetPack; None: not known
+    power_mode: str = ''          # of a Jetson, the number that nvpmodel noted; read, never set
     version: str = ''             # of torch
     build: str = 'CPU'            # what it was built for: CPU, CUDA 13.0, ROCm 6.4
     cudnn: int | None = None      # 92600 is 9.26.0
@@ -108,9 +109,10 @@ def describe(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     bf16 = not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(_read(proc/'cpuinfo').split())
     driver = _find(r'Module(?: for \S+)?\s+(\d[\d.]*)', loaded) or ('unknown' if there else '')
+    power = _find(r'pmode:0*(\d+)', _read(root/'var/lib/nvpmodel/status')) if jetson else ''
     return Report(arch, cores, bf16, int(ram) * 1024 if ram else None, driver, env.get('CUDA_VISIBLE_DEVICES', 'all'),
                   (_read(proc/'device-tree/model') or 'Jetson') if jetson else '',
-                  _JETPACK.get(_find(r'# R(\d+)', release)) if jetson else None, **_torch_facts())
+                  _JETPACK.get(_find(r'# R(\d+)', release)) if jetson else None, power or '', **_torch_facts())
 
 # %% ../nbs/00_device.ipynb #diagnose
 _MIN_DRIVER = {11: 450, 12: 525, 13: 580}  # docs.nvidia.com/deploy/cuda-compatibility, minor version compatibility

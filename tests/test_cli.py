@@ -28,7 +28,8 @@ def cnnbook_(*words, **kwargs):
 # --- fault 65: errors in one line, exit codes, the ends of a process ---
 
 @pytest.mark.parametrize('words, said', [
-    (['docter'], "command: expected doctor, data, train, show, progress, got 'docter'; did you mean doctor?"),
+    (['docter'], 'command: expected lab, doctor, bench, data, train, show, progress, '
+                 "got 'docter'; did you mean doctor?"),
     (['data', 'fetch', 'minst'], "name: expected mnist, fashion_mnist, cifar10, got 'minst'; did you mean mnist?")])
 def test_fault_65_unknown_word_is_one_line_and_code_2(words, said):
     r = cnnbook_(*words)
@@ -36,7 +37,7 @@ def test_fault_65_unknown_word_is_one_line_and_code_2(words, said):
 
 
 @pytest.mark.parametrize('words, said', [
-    ([], 'command: expected doctor, data, train, show, progress, got none'),
+    ([], 'command: expected lab, doctor, bench, data, train, show, progress, got none'),
     (['data'], 'expected list, fetch, where, got none'),
     (['data', 'fetch'], 'required: NAME; see cnnbook data fetch --help'), (['data', 'fetch', ''], "got ''"),
     (['doctor', 'now'], "argument: expected none, got 'now'"), (['--verison'], 'did you mean --version?'),

@@ -47,6 +47,17 @@ def test_wheel(tmp_path):
                  'from cnnbook.files import data_root, manifest\nprint(cnnbook.__file__, *manifest(), data_root())\n'
                  'print(box_iou(np.array([[0., 0, 2, 2]]), np.array([[1., 0, 3, 2]])))')
     assert 'a path' in out and 'mnist' in out and 'cache/cnnbook' in out and '0.333' in out
+    chapters = {n for n in names if n.startswith('cnnbook/notebooks/') and n.endswith('.ipynb')}
+    assert len(chapters) == len(list((ROOT/'nbs').glob('*.ipynb'))) and 'cnnbook/examples/mnist.json' in names
+    lab = ('from cnnbook.cli import main\nassert main(["lab", "my book", "--copy"]) == 0\nfrom pathlib import Path\n'
+           'mine = Path("my book/nbs/03_conv.ipynb")\nmine.write_text(mine.read_text().replace("= None", "= 7"))\n'
+           'work = mine.read_bytes()\nshipped = Path("cnnbook/notebooks/03_conv.ipynb")\n'
+           'shipped.write_text(shipped.read_text().replace("# Convolution", "# Convolution, anew", 1))\n'
+           'assert main(["lab", "my book", "--copy"]) == 0 and mine.read_bytes() == work\n'
+           'print(Path("my book/nbs/03_conv.new.ipynb").exists(), Path("my book/examples/mnist.json").exists())')
+    run = subprocess.run([sys.executable, '-c', lab], capture_output=True, text=True, cwd=tmp_path/'a path',
+                         env=os.environ | {'PYTHONPATH': str(tmp_path/'a path')})
+    assert run.stdout.endswith('True True\n') and '1 beside an edited one: 03_conv.new.ipynb' in run.stderr, run.stderr
 
 
 def test_fault_64_no_compiler(tmp_path):

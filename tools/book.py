@@ -1,7 +1,9 @@
 """Execute the chapters and store their outputs, with measured time and memory in nbs/budget.json.
 
-    python tools/book.py [NAME ...]      all chapters, or those whose file name begins with NAME
+    python tools/book.py [NAME ...]              all chapters, or those whose file name begins with NAME
+    python tools/book.py --measure [NAME ...]    only measure; stored outputs stay as they are
 
+A chapter above 60 s or 2 GB ends it with exit code 1, after all are done.
 Cells flagged slow, cuda or network keep their stored outputs unless CNNBOOK_FULL=1 (slow) or the machine runs them.
 Widgets and progress bars are not stored; figures are stored with at most 256 colours, which keeps chapters small.
 """
@@ -21,6 +23,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
+SECONDS, MEGABYTES = 60, 2048
 PEAK = 'import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)'
 
 
@@ -53,7 +56,7 @@ def runs_here(cell):
     return all(runs[f] for f in flags)
 
 
-def execute(path):
+def execute(path, store=True):
     "Run one chapter, store its outputs, return (seconds, peak memory of the process in MB)."
     stored = {c['id']: c.get('outputs', []) for c in code_cells(read(path))}
     nb = nbformat.read(path, as_version=4)
@@ -62,6 +65,7 @@ def execute(path):
     NotebookClient(nb, timeout=1800, kernel_name='python3',
                    resources={'metadata': {'path': str(path.parent)}}).execute()
     seconds, peak = time.perf_counter() - start, int(nb.cells.pop()['outputs'][0]['text'])
+    if not store: return seconds, peak
     for cell in code_cells(nb):
         cell['outputs'] = tidy(cell['outputs']) if runs_here(cell) else [nbformat.from_dict(o)
                                                                          for o in stored[cell['id']]]
@@ -74,19 +78,22 @@ def execute(path):
 
 
 def main(*names):
+    store, names = '--measure' not in names, [n for n in names if n != '--measure']
     os.environ.pop('MPLBACKEND', None)                      # the kernel shows figures by its own
     chapters = sorted(NBS.glob('[0-9]*.ipynb')) + [NBS/'index.ipynb']            # index last: it shows the budget
     budget_path = NBS/'budget.json'
     measured = {}
     for path in (p for p in chapters if not names or any(p.name.startswith(n) for n in names)):
-        seconds, peak = execute(path)
+        seconds, peak = execute(path, store)
         if os.environ.get('CNNBOOK_FULL') != '1': measured[path.stem] = {'seconds': round(seconds, 1), 'peak_mb': peak}
         print(f'{path.stem:16}{seconds:6.1f} s{peak:8} MB{path.stat().st_size//1024:6} KB', flush=True)
     budget = json.loads(budget_path.read_text()) if budget_path.exists() else {}   # read late: runs may overlap
     budget |= measured
     budget = {k: budget[k] for k in sorted(budget) if (NBS/f'{k}.ipynb').exists()}
     budget_path.write_text(json.dumps(budget, indent=1) + '\n')
-    subprocess.run([Path(sys.executable).parent/'nbdev_clean'], check=True, cwd=NBS.parent)
+    if store: subprocess.run([Path(sys.executable).parent/'nbdev_clean'], check=True, cwd=NBS.parent)
+    over = [k for k, v in measured.items() if v['seconds'] > SECONDS or v['peak_mb'] > MEGABYTES]
+    if over: raise SystemExit(f'expected at most {SECONDS} s and {MEGABYTES} MB a chapter, got more: {", ".join(over)}')
 
 
 if __name__ == '__main__':

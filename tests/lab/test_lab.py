@@ -95,41 +95,105 @@ def move_sliders(page):
     return handles.count(), dead
 
 
-LOOKED_AT = {'index': DARK, '07_mlp': {}, '16w_pictures': DARK, '17_filters': {}, '18_attribution': {},
-             '19_embedding': DARK, '19b_flatmaps': {}, '20_thresholds': {}, '24_text': DARK}
+LOOKED_AT = {'index': DARK, '16w_pictures': DARK, '18_attribution': {}, '19_embedding': DARK, '19b_flatmaps': {},
+             '24_text': DARK}
+FOLLOWED = '03_conv', '07_mlp', '13_cifar', '17_filters', '20_thresholds', '31_playground'  # in both themes
 
 
-@pytest.mark.parametrize('name, theme', LOOKED_AT.items(), ids=LOOKED_AT)
-def test_chapter_in_a_browser(name, theme, tmp_path):
+@pytest.fixture
+def pictures(tmp_path):
+    folder = Path(os.environ.get('CNNBOOK_PICTURES', tmp_path/'pictures'))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def opened(name, theme, tmp_path):
+    "A page of JupyterLab that shows a notebook whose kernel is ready."
     from playwright.sync_api import sync_playwright
-    pictures = Path(os.environ.get('CNNBOOK_PICTURES', tmp_path/'pictures'))
-    pictures.mkdir(parents=True, exist_ok=True)
     folder = tmp_path/'lab'                                  # never in the checkout: JupyterLab saves by itself
     folder.mkdir()
-    for path in ROOT.glob('nbs/*.ipynb'): shutil.copy(path, folder)
+    for path in (*ROOT.glob('nbs/*.ipynb'), ROOT/'nbs'/'budget.json'): shutil.copy(path, folder)
     with jupyterlab(folder, SETTINGS | theme) as (base, token), sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, headless=True,
                                     args=['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
                                           '--disable-background-networking'])
         page = browser.new_page(viewport={'width': 1280, 'height': 1000})
         page.goto(f'{base}/lab/tree/{name}.ipynb?token={token}&reset')
-        page.wait_for_selector('.jp-NotebookPanel .jp-Notebook .jp-Cell', timeout=60_000)
-        page.wait_for_selector('.jp-NotebookPanel .jp-Spinner', state='detached', timeout=60_000)
-        page.wait_for_function("() => /\\| Idle/.test(document.querySelector('#jp-main-statusbar').textContent)",
-                               timeout=60_000)
-        page.get_by_role('menuitem', name='Run', exact=True).click()
-        page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-        page.wait_for_timeout(1000)                          # the first stars must be there before we wait for the last
-        page.wait_for_function(ALL_RAN, timeout=180_000)
-        page.wait_for_timeout(1000)
-        page.screenshot(path=pictures/f'{name}-ran.png')
-        bad = page.locator(BAD).all_text_contents()
-        assert not bad, bad
-        count, dead = move_sliders(page)
-        page.screenshot(path=pictures/f'{name}-slider.png')
-        assert not dead and count >= (name != 'index'), f'sliders {count}, of which change nothing: {dead}'
-        assert len(page.locator('.jp-RenderedImage img').all()) >= 3*(name != 'index')
+        ready(page)
+        yield page
         browser.close()
+
+
+def ready(page):
+    page.wait_for_selector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell', timeout=60_000)
+    page.wait_for_selector('.jp-NotebookPanel .jp-Spinner', state='detached', timeout=60_000)
+    page.wait_for_function("() => /\\| Idle/.test(document.querySelector('#jp-main-statusbar').textContent)",
+                           timeout=60_000)
+
+
+def run_all(page):
+    "Run all cells; none may end in an error or warn."
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    page.wait_for_timeout(1000)                              # the first stars must be there before we wait for the last
+    page.wait_for_function(ALL_RAN, timeout=180_000)
+    page.wait_for_timeout(1000)
+    bad = page.locator(BAD).all_text_contents()
+    assert not bad, bad
+
+
+def all_sliders_live(page, least):
+    count, dead = move_sliders(page)
+    assert not dead and count >= least, f'sliders {count}, of which change nothing: {dead}'
+
+
+@pytest.mark.parametrize('name, theme', LOOKED_AT.items(), ids=LOOKED_AT)
+def test_chapter_in_a_browser(name, theme, tmp_path, pictures):
+    with opened(name, theme, tmp_path) as page:
+        run_all(page)
+        page.screenshot(path=pictures/f'{name}-ran.png')
+        all_sliders_live(page, name != 'index')
+        page.screenshot(path=pictures/f'{name}-slider.png')
+        assert len(page.locator('.jp-RenderedImage img').all()) >= 3*(name != 'index')
+
+
+@pytest.mark.parametrize('name', FOLLOWED)
+def test_a_chapter_followed_from_index_in_both_themes(name, tmp_path, pictures):
+    with opened('index', {}, tmp_path) as page:
+        assert 'cnnbook (venv)' in page.locator('.jp-Toolbar-kernelName').first.text_content()
+        page.locator(f'.jp-RenderedMarkdown a[href*="{name}.ipynb"]').first.click()
+        page.wait_for_function("name => document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) h1') && "
+                               "document.title.includes(name)", arg=name, timeout=60_000)
+        ready(page)
+        run_all(page)
+        assert len(page.locator('.jp-RenderedImage img').all()) >= 3
+        for theme in 'Light', 'Dark':
+            if theme == 'Dark':
+                page.get_by_role('menuitem', name='Settings', exact=True).click()
+                page.get_by_role('menuitem', name='Theme', exact=True).hover()
+                page.get_by_role('menuitem', name='JupyterLab Dark', exact=True).click()
+                page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'", timeout=20_000)
+            all_sliders_live(page, 1)
+            page.screenshot(path=pictures/f'{name}-{theme.lower()}.png')
+        if name == '31_playground': start_and_pause(page)
+
+
+def start_and_pause(page):
+    "The network learns while buttons still work."
+    picture = page.locator('.jp-OutputArea img').last
+    start, at_first = page.get_by_role('button', name='Start', exact=True), picture.get_attribute('src')
+    start.click()
+    for _ in range(40):
+        page.wait_for_timeout(250)
+        if picture.get_attribute('src') != at_first: break
+    else: raise AssertionError('Start was pressed, and the picture is the same')
+    page.get_by_role('button', name='Pause', exact=True).click()
+    start.wait_for(timeout=20_000)                           # the button says Start again
+    page.wait_for_timeout(1000)
+    at_rest = picture.get_attribute('src')
+    page.wait_for_timeout(1000)
+    assert picture.get_attribute('src') == at_rest != at_first
 
 
 def test_server_is_private(tmp_path):
