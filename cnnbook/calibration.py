@@ -113,7 +113,7 @@ class Reliability:
         ax.set(ylabel='share right', ylim=(-.03, 1.03), title=title)
         ax.legend(loc='upper left')
         below.bar((torch.arange(bins + 1) + .5)/bins, self.count, .9/bins, color='#0072B2')
-        below.set(xlabel='confidence', ylabel='images', xlim=(0, 1 + 1/bins))
+        below.set(xlabel='confidence', ylabel='cases', xlim=(0, 1 + 1/bins))
         plt.close(fig)   # the caller shows it
         return fig
 

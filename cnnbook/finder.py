@@ -176,7 +176,7 @@ def check_steepest(answer: Callable):   # (rates, losses) -> the rate of the ste
                  ({'loss': True, 'batch size': True, 'optimizer': True, 'colour of the plot': False}, 'first loss')])
 def check_test_again(answer: dict):   # change -> whether a new range test is needed
     "When must the test be repeated? 'loss' means: the first loss of a run is another one because of another seed."
-    expect(answer['optimizer'], 'SGD and Adam differ by a factor of ten or more')
+    expect(answer['optimizer'], 'the rates found for SGD and Adam differ by a factor of five or more')
     expect(answer['batch size'], 'larger batches have less noise in their gradients and bear a larger rate')
     expect(not answer['loss'], 'another seed changes the first loss in its third digit, and the rate hardly')
     expect(not answer['colour of the plot'], 'the colour is only for you')

@@ -41,7 +41,8 @@ class Patches:
 
     def plot(self, titles: Sequence[str] = ()) -> Figure:   # titles: up to k words; () shows the values
         "The patches in a row."
-        return show_images(self.crops, titles or [f'{v:.1f}' for v in self.value.tolist()])
+        titles = titles or [f'{v:.1f}' for v in self.value.tolist()]
+        return show_images(self.crops, titles, cols=min(10, len(self.crops)))
 
 
 def _strongest(maps, start, per_image):   # (B, h, w) -> value, image, flat place, in the order of images and places

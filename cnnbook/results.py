@@ -129,8 +129,9 @@ def parallel_coordinates(
     import matplotlib.pyplot as plt
     names, good = list(result.space), [t for t in result.ranked if t.finished]
     place = {t.number: k/max(len(good) - 1, 1) for k, t in enumerate(good)}   # 0: the best, 1: the worst
-    scores, far = [t.score for t in good] or [0., 1.], max((t.steps for t in result.trials), default=0) or 1
-    low, span = min(scores), max(scores) - min(scores) or 1.
+    scores, far = [t.score for t in good], max((t.steps for t in result.trials), default=0) or 1
+    low, high = min(scores, default=0.), max(scores, default=0.)
+    span = high - low or 1.
     fig, ax = plt.subplots(figsize=(1.5*len(names) + 2, 2.6), layout='constrained')
     for t in [*result.ranked[len(good):], *good[::-1]]:                    # the best one last, on top
         y = [result.space[n].place(t.params[n]) for n in names] + ([(t.score - low)/span] if t.finished else [])
@@ -144,7 +145,7 @@ def parallel_coordinates(
         marks = r.options if isinstance(r, Choice) else (r.low, r.at(.5), r.high)
         for v in marks: _label(ax, v, i, r.place(v))
     ax.axvline(len(names), color='#333', lw=.8)
-    for v in (low, low + span): _label(ax, float(v), len(names), (v - low)/span)
+    for v in {low, high} if good else (): _label(ax, float(v), len(names), (v - low)/span)
     ax.set(xlim=(-.1, len(names) + .45), ylim=(-.06, 1.06), yticks=[])
     ax.set_xticks(range(len(names) + 1), [n + (' (log)' if r.log else '') for n, r in result.space.items()] + ['score'])
     plt.close(fig)

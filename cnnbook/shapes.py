@@ -42,12 +42,13 @@ def _flat_fault(call, maps):
 
 def _channel_fault(call):
     m, taken = call.layer, call.taken
-    want = next((getattr(m, a) for a in ('in_channels', 'num_features', 'num_channels') if hasattr(m, a)), None)
+    name = next((a for a in ('in_channels', 'num_features', 'num_channels') if hasattr(m, a)), '')
+    want = getattr(m, name, None)
     if want is None or len(taken) < 2: return ''
     if isinstance(m, nn.Conv2d) and len(taken) != 4: return f'it needs a map (B, C, H, W), but {_x(taken)} arrives'
     if taken[1] == want: return ''
     cure = 'The channels seem to stand last: sizes are (C, H, W)' if taken[-1] == want else (
-        f'Set {want} to {taken[1]} here, or change the layer before')
+        f'Set {name}={taken[1]} here, or change the layer before')
     return f'it takes {want} channels, but {taken[1]} arrive ({_x(taken[1:])}). {cure}'
 
 
