@@ -145,7 +145,8 @@ def book_chapters(
     if not found: raise ValueError("source: expected the folder of the book's notebooks, got one without any")
     if isinstance(chapters, str): raise TypeError(f'chapters: expected a list of names, got the text {chapters!r}')
     for name in chapters or ():
-        if not any(p.stem.startswith(name) for p in found): raise ValueError(f'chapters: no name begins with {name!r}')
+        if not any(p.stem.startswith(name) for p in found):
+            raise ValueError(f'chapters: expected beginnings of file names, got {name!r}')
     return [p for p in found if chapters is None or p.stem.startswith(tuple(chapters))]
 
 
@@ -163,7 +164,7 @@ def book_copy(
     change = (lambda nb: nb) if solutions else without_solutions
     rows = [_place(to/p.name, change(read_notebook(p))) for p in paths]
     for file in (*home.glob('budget.json'), *home.glob('*.png'), *(home.parent/'examples').glob('*.json')):
-        beside = Path(out)/file.parent.relative_to(home.parent)/file.name
+        beside = (to if file.parent == home else Path(out)/'examples')/file.name
         beside.parent.mkdir(exist_ok=True)
         if not beside.exists():
             with write_atomic(beside) as f: f.write(file.read_bytes())

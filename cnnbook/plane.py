@@ -54,10 +54,11 @@ class Setting:
         play_data(self.data, 1)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if len(self.hidden) > 4 or not all(type(n) is int and 1 <= n <= 8 for n in self.hidden):
+        few = type(self.hidden) is tuple and len(self.hidden) <= 4
+        if not few or not all(type(n) is int and 1 <= n <= 8 for n in self.hidden):
             raise ValueError(f'hidden: expected up to 4 layers of 1 to 8 units, got {self.hidden}')
-        if not (0 < self.lr <= 100 and self.noise >= 0 and self.batch_size >= 1):
-            raise ValueError('lr, noise, batch_size: expected 0 < lr <= 100, noise >= 0, batch_size >= 1, got '
+        if not (0 < self.lr <= 100 and 0 <= self.noise <= 10 and type(self.batch_size) is int and self.batch_size >= 1):
+            raise ValueError('lr, noise, batch_size: expected up to 100, up to 10, a whole number, got '
                              f'{self.lr}, {self.noise}, {self.batch_size}')
 
     def __repr__(self):
@@ -153,15 +154,17 @@ def draw_play(
     for m, at in ((m, at) for units, places in zip(maps, spots) for m, at in zip(units, places)):
         fig.add_axes((*at, side, 2.5*side), xticks=[], yticks=[]).imshow(m, vmin=-1, vmax=1, **look)
     ax = fig.add_axes((.69, .36, .24, .6), xticks=[], yticks=[], xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
-    ax.imshow(maps[-1][0], vmin=-3, vmax=3, interpolation='bilinear', **look)
+    ax.imshow(maps[-1][0].clip(-2, 2), vmin=-3.2, vmax=3.2, interpolation='bilinear', **look)
     for part, filled in ((play.train, True), (play.test, False)):
         colours = [ORANGE if c else VIOLET for c in play.y[part].tolist()]
         face, edge, width = (colours, 'white', .4) if filled else ('white', colours, .9)
         ax.scatter(*play.x[part].T.numpy(), s=14, facecolors=face, edgecolors=edge, linewidths=width)
     ax = fig.add_axes((.69, .13, .24, .18), xlabel=f'epoch {play.epochs}, test accuracy {play.judge(play.test)[1]:.0%}')
     for values, style, label in zip(zip(*play.losses), ('-', '--'), ('train', 'test')):
-        ax.plot(range(1, play.epochs + 1), values, style, color='black', lw=1, label=label)
-    if play.losses: ax.set_ylim(0, 1), ax.legend(loc='upper right', ncols=2, fontsize=7, frameon=False)
+        ax.plot(range(1, play.epochs + 1), values, style, color='black', lw=1, label=label, marker='.', ms=2)
+    if play.losses:
+        ax.set_ylim(0, max(1, *map(max, play.losses)))
+        ax.legend(loc='upper right', ncols=2, fontsize=7, frameon=False)
     plt.close(fig)                                            # the caller shows it, once
     return fig
 
@@ -176,7 +179,8 @@ def check_play_count(answer: Callable):   # hidden (a tuple of units) -> numbers
     expect(got != 6, 'you counted the units: count the weights on their inputs, and the biases')
     expect(got != 18, 'each unit has a bias too')
     expect(got != 22, 'the output is a unit as well: it weighs the last layer and has a bias')
-    expect(got == 25 and answer((8,)) == 33, f'(4, 2) learns 12 + 10 + 3 = 25 numbers and (8,) 33, got {got}')
+    for hidden, n in (((4, 2), 25), ((8,), 33), ((3, 5, 2), 44)):
+        expect(answer(hidden) == n, f'{hidden} learns {n} numbers, got {answer(hidden)}')
 
 
 @exercise(solution=lambda x: (x**2).sum(1), wrong=[(lambda x: x.sum(1), 'line'), (lambda x: x.prod(1), 'corners'),
@@ -184,7 +188,7 @@ def check_play_count(answer: Callable):   # hidden (a tuple of units) -> numbers
 def check_round_feature(answer: Callable):   # x (N, 2) -> one number a point (N,)
     "A third input with which a line is enough for the circle."
     x, y = play_data('circle', noise=0.)
-    f = answer(x)
+    f = torch.as_tensor(answer(x.clone()), dtype=torch.float)
     expect(tuple(f.shape) == (300,), f'one number for each point was expected, (300,), got {tuple(f.shape)}')
     best = lambda f, y: max(((f > t) == y).float().mean().item() for t in f) if len(f) else 0.
     right = max(best(f, y), best(-f, y))
@@ -193,20 +197,20 @@ def check_round_feature(answer: Callable):   # x (N, 2) -> one number a point (N
     expect(right > .99, f'the best threshold on it is right for {right:.0%}; inside and outside differ in the distance')
 
 
-def _corners(w1, b1, w2, b2):
-    x = torch.tensor([[0., 0], [0, 1], [1, 0], [1, 1]])
-    return F.relu(x @ torch.tensor(w1, dtype=torch.float).T + torch.tensor(b1)) @ torch.tensor(w2) + b2
-
 @exercise(solution=([[1, 1], [1, 1]], [0., -1.], [1., -2.], -.5),
           wrong=[(([[1, 1], [1, 1]], [0., -1.], [1., -1.], -.5), '(1, 1)'),
                  (([[1, 1], [1, 1]], [0., 0.], [1., -2.], .5), 'negative'),
                  (([[1, 0], [0, 1]], [0., 0.], [1., 1.], -.5), '(1, 1)')])
 def check_xor_by_hand(answer: tuple):   # w1 (2, 2), b1 (2,), w2 (2,), b2: logit = w2 . relu(w1 x + b1) + b2
     "Exclusive or with two ReLUs."
-    wants = (0, 1, 1, 0)
-    for point, logit, y in zip(((0, 0), (0, 1), (1, 0), (1, 1)), _corners(*answer).tolist(), wants):
+    expect(len(answer) == 4, f'four parts were asked for, w1, b1, w2 and b2, got {len(answer)}')
+    w1, b1, w2, b2 = parts = [torch.as_tensor(a, dtype=torch.float) for a in answer]
+    expect([p.shape for p in parts] == [(2, 2), (2,), (2,), ()], 'w1 is (2, 2), b1 and w2 are (2,), b2 is one number')
+    points = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    logits = F.relu(points.float() @ w1.T + b1) @ w2 + b2
+    for point, logit, y in zip(points.tolist(), logits.tolist(), (0, 1, 1, 0)):
         sign = 'positive' if y else 'negative'
-        expect((logit > 0) == y and logit != 0, f'at {point} the logit must be {sign}, yours is {logit:g}')
+        expect((logit > 0) == y and logit != 0, f'at {tuple(point)} the logit must be {sign}, yours is {logit:g}')
 
 
 def _units(model, x):
@@ -226,4 +230,6 @@ def check_unit_answers(answer: Callable):   # (nn.Sequential, x (N, 2)) -> a lis
     expect(not (len(got) and torch.equal(got[0], model[0](x))), 'that is the sum before the activation')
     expect(len(got) != 3, 'the output is no hidden layer: leave the last one out')
     expect(len(got) == 2, f'one entry for each hidden layer was expected, 2, got {len(got)}')
-    for k, (a, b) in enumerate(zip(got, wanted)): expect(torch.equal(a, b), f'layer {k + 1} answers something else')
+    for k, (a, b) in enumerate(zip(got, wanted)): expect(torch.allclose(a, b), f'layer {k + 1} answers something else')
+    folds = Play(Setting(hidden=(3,), activation='relu')).model
+    expect(torch.allclose(answer(folds, x)[0], responses(folds, x)[1]), "use the network's own activations")

@@ -13,7 +13,7 @@ import io
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from inspect import Parameter, signature
+from inspect import Parameter, iscoroutinefunction, signature
 
 import torch
 from torch import nn
@@ -39,8 +39,8 @@ def figure_png(
 
 def _control(name, values, start):
     import ipywidgets as widgets
-    kind = widgets.Dropdown if isinstance(values[0], str) else widgets.SelectionSlider
-    if start not in values: raise ValueError(f'{name}: expected the default {start!r} among {values}')
+    kind = widgets.Dropdown if isinstance(start, str) else widgets.SelectionSlider
+    if start not in values: raise ValueError(f'{name}: expected values with the default {start!r}, got {values}')
     more = {} if kind is widgets.Dropdown else {'continuous_update': False}
     return kind(options=list(values), value=start, description=name, **more)
 
@@ -87,11 +87,16 @@ def conv_arithmetic(size: int = 12, kernel: int = 3, stride: int = 1, padding: i
 # %% ../nbs/31_playground.ipynb #optimizer-paths
 RULES = {r.__name__: r for r in (SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam)}
 
+def _among(name, word, words):
+    if word not in words: raise ValueError(f"{name}: expected {', '.join(map(str, words))}, got {word!r}")
+
 def optimizer_paths(surface: str = 'bowl', rule: str = 'SGD', rate: float = .02, steps: int = 100):
     "The path of a rule down a surface; a matplotlib Figure."
     import matplotlib.pyplot as plt
-    s, fig = SURFACES[surface], plt.figure(figsize=(5, 3), layout='constrained')
+    _among('surface', surface, SURFACES), _among('rule', rule, RULES)
+    s = SURFACES[surface]
     path = descend(s.f, s.start, lambda weights: RULES[rule](weights, lr=rate), steps)     # (steps + 1, 2)
+    fig = plt.figure(figsize=(5, 3), layout='constrained')
     ax = fig.subplots()
     draw_paths(ax, s, {rule: path})
     ax.set_title(f'{rule}, rate {rate:g}: height {s.f(path[-1]).item():.3g} after {steps} steps')
@@ -105,14 +110,16 @@ SCHEMES_SHOWN = ('kaiming_normal', 'kaiming_uniform', 'xavier_normal', 'xavier_u
 def init_histograms(scheme: str = 'kaiming_normal', activation: str = 'relu', depth: int = 6):
     "What each of `depth` layers of 256 units gives out under a scheme; a matplotlib Figure."
     import matplotlib.pyplot as plt
+    _among('scheme', scheme, SCHEMES_SHOWN), _among('activation', activation, ACTIVATIONS)
+    _among('depth', depth, range(1, 13))
     g, fig = torch.Generator().manual_seed(0), plt.figure(figsize=(8.5, 1.9), layout='constrained')
+    plt.close(fig)
     x = torch.randn(200, 256, generator=g)                               # (B, F)
     for k, ax in enumerate(fig.subplots(1, depth, sharex=True, squeeze=False)[0]):
         layer = init_weights(nn.utils.skip_init(nn.Linear, 256, 256), scheme, generator=g)
         x = ACTIVATIONS[activation]()(layer(x))
         ax.hist(x.flatten().tolist(), 40, range=(-3, 3), color='#0072B2')
         ax.set(title=f'layer {k + 1}\n{x.std():.2g}', yticks=[])
-    plt.close(fig)
     return fig
 
 # %% ../nbs/31_playground.ipynb #layer-pictures
@@ -137,6 +144,7 @@ def layer_pictures(layer: str = 'features.conv1', channel: int = 0):
 # %% ../nbs/31_playground.ipynb #threshold-picture
 def threshold_picture(threshold: float = 1., distance: float = 2., share: float = .5):
     "A threshold on the scores of 400 cases of two kinds; a matplotlib Figure."
+    if not 0 < share < 1: raise ValueError(f'share: expected between 0 and 1, got {share}')
     g, positive = torch.Generator().manual_seed(0), torch.arange(400) < 400*share
     return plot_threshold(torch.randn(400, generator=g) + distance*positive, positive.long(), threshold)
 
@@ -157,7 +165,7 @@ def explore(
     name: str = 'conv arithmetic',   # one of EXPLORERS
 ):                                   # an ipywidgets VBox
     "One of the book's explorers."
-    if name not in EXPLORERS: raise ValueError(f"name: expected {', '.join(EXPLORERS)}, got {name!r}")
+    _among('name', name, EXPLORERS)
     return explorer(*EXPLORERS[name])
 
 # %% ../nbs/31_playground.ipynb #playground
@@ -176,7 +184,7 @@ class Playground:
         self.rate = widgets.SelectionSlider(options=sorted({*RATES, s.lr}), value=s.lr, description='rate', **slow)
         self.start = widgets.ToggleButton(description='Start')
         self.one, self.anew = widgets.Button(description='Step'), widgets.Button(description='Reset')
-        self.said, self.shown, self.most = widgets.HTML(), widgets.Image(format='png'), most
+        self.said, self.shown, self.most, self.task = widgets.HTML(), widgets.Image(format='png'), most, None
         self.chosen = (self.data, self.layers, self.units, self.activation, self.rate)
         for c in self.chosen: c.observe(lambda change: self.reset(), 'value')
         self.start.observe(self._switched, 'value')
@@ -194,7 +202,9 @@ class Playground:
 
     def reset(self):
         "Begin anew with what the controls say."
-        hidden = (self.units.value,)*self.layers.value
+        layers, units, was = self.layers.value, self.units.value, self.play.setting.hidden
+        same = (layers, units) == (len(was), max(was, default=units))         # (4, 2) shows as 2 layers of 4
+        hidden = was if same else (units,)*layers
         self.play = Play(replace(self.play.setting, data=self.data.value, hidden=hidden, lr=self.rate.value,
                                  activation=self.activation.value))
         self.show()
@@ -206,14 +216,16 @@ class Playground:
 
     async def run(self):
         "Epoch after epoch until Start is released."
-        while self.start.value and self.play.epochs < self.most:
-            self.step()
-            await asyncio.sleep(.02)      # here clicks are handled
-        self.start.value = False
+        try:
+            while self.start.value and self.play.epochs < self.most:
+                self.step()
+                await asyncio.sleep(.02)      # here clicks are handled
+        finally: self.start.value = False     # also after an error: nothing runs then
 
     def _switched(self, change):
         self.start.description = 'Pause' if change.new else 'Start'
-        if change.new: self.task = asyncio.ensure_future(self.run())
+        if change.new and (self.task is None or self.task.done()):           # Pause and Start at once: it still runs
+            self.task = asyncio.ensure_future(self.run())
 
 # %% ../nbs/31_playground.ipynb #checks
 @exercise(solution=(1, 2, 4), wrong=[((1, 1, 1), '7 pixels'), ((2, 2, 2), '13 pixels'), ((1, 2, 8), '23 pixels'),
@@ -221,6 +233,7 @@ class Playground:
 def check_wide_view(answer: tuple[int, ...]):   # dilations of three convolutions with windows of 3
     "Fifteen pixels in three layers."
     expect(len(answer) == 3, f'three layers were asked for, got {len(answer)}')
+    expect(all(type(d) is int and d >= 1 for d in answer), 'a dilation is a whole number from 1 on')
     field = stacked_field([(3, 1, 0, d) for d in answer])[0]
     expect(field == 15, f'an output then sees {field} pixels, not 15: each layer adds 2 times its dilation')
 
@@ -238,23 +251,26 @@ def _open(mean=0., deviation=1.):
     return fig
 
 @exercise(solution=_plain, wrong=[(_open, 'open in pyplot'), (lambda mean, deviation: _plain(mean), 'default'),
-                                  (lambda mean=0., deviation=1.: _plain(), 'same picture'),
+                                  (lambda mean=0., deviation=1.: _plain(mean), 'both arguments'),
                                   (lambda mean=0., deviation=1.: None, 'Figure')])
 def check_plain_figure(answer: Callable):   # (mean=.., deviation=..) -> a matplotlib Figure of a bell curve
     "A function that an explorer can use."
     import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
-    was = plt.get_fignums()
     expect(all(p.default is not Parameter.empty for p in signature(answer).parameters.values()),
            'an explorer begins at the defaults: give each argument a default')
-    fig = answer()
+    was, shots = plt.get_fignums(), []
+    for chosen in ({}, {'mean': -1., 'deviation': 1.}, {'mean': 1., 'deviation': 1.}, {'mean': 1., 'deviation': 2.}):
+        fig = answer(**chosen)
+        expect(isinstance(fig, Figure), f'a matplotlib Figure must be returned, got {type(fig).__name__}')
+        shots.append([fig.axes[0].lines[0].get_xydata(), chosen])
     left = [n for n in plt.get_fignums() if n not in was]
     for n in left: plt.close(n)
-    expect(not left, 'the figure is still open in pyplot: build it with matplotlib.figure.Figure, or close it')
-    expect(isinstance(fig, Figure), f'a matplotlib Figure must be returned, got {type(fig).__name__}')
-    moved = answer(mean=1.)
-    for n in [n for n in plt.get_fignums() if n not in was]: plt.close(n)
-    expect(figure_png(fig) != figure_png(moved), 'with mean 1 it is the same picture: use the arguments')
+    expect(not left, 'figures are still open in pyplot: build them with matplotlib.figure.Figure, or close them')
+    for line, chosen in shots[1:]:
+        x, y = torch.tensor(line.tolist()).T
+        bell = torch.exp(-((x - chosen['mean'])/chosen['deviation'])**2/2)
+        expect(torch.allclose(y, bell, atol=1e-4), f'with {chosen} the line is another one: use both arguments')
 
 
 async def _polite(work, n):
@@ -265,19 +281,35 @@ async def _polite(work, n):
 async def _busy(work, n):
     for _ in range(n): work()
 
+async def _once(work, n):
+    await _polite(work, 1)
+    await _busy(work, n - 1)
+
 async def _short(work, n): await _polite(work, n - 1)
 
-@exercise(solution=_polite, wrong=[(_busy, 'all 5 steps'), (_short, '4 times')])
+def _log(answer, n):  # what happened in a loop of its own, as a notebook's is running: 'work', 'turn'
+    log, done, failed = [], [], []
+    async def others():
+        while not done: log.append('turn'), await asyncio.sleep(0)
+    async def mine():
+        try: await answer(lambda: log.append('work'), n)
+        except Exception as e: failed.append(e)
+        finally: done.append(1)
+    async def both(): await asyncio.gather(mine(), others())
+    thread = threading.Thread(target=lambda: asyncio.run(both()))
+    thread.start(), thread.join()
+    if failed: raise failed[0]
+    return log
+
+@exercise(solution=_polite, wrong=[(_busy, 'two calls'), (_once, 'two calls'), (_short, '2 times'),
+                                   (lambda work, n: [work() for _ in range(n)], 'async def')])
 def check_give_way(answer: Callable):   # async (work, n): call work() n times, and give way after each
     "A loop that lets others have their turn."
-    log = []
-    async def click(): log.append('click')
-    async def both(): await asyncio.gather(answer(lambda: log.append('work'), 5), click())
-    thread = threading.Thread(target=lambda: asyncio.run(both()))        # a loop of its own: a notebook's is running
-    thread.start(), thread.join()
-    expect(log.count('work') == 5, f"work was called {log.count('work')} times, not 5")
-    expect(log.index('click') < 5, 'all 5 steps came first, and only then the click: give way inside the loop')
-    expect(log.index('click') == 1, f"the click had to wait for {log.index('click')} steps: give way after each")
+    expect(iscoroutinefunction(answer), 'a coroutine is defined by async def')
+    for n in 3, 5:
+        log = _log(answer, n)
+        expect(log.count('work') == n, f"work was called {log.count('work')} times, not {n}")
+        expect(all('turn' in pair for pair in zip(log, log[1:])), 'two calls without a turn for others between them')
 
 
 def _true(n, share, sensitivity, specificity):
@@ -292,3 +324,4 @@ def check_true_alarms(answer: Callable):  # (cases, share of positives, sensitiv
     expect(abs(got - .8) > .01, 'that is the sensitivity, a share of the positives; the alarms were asked for')
     expect(abs(got - .02) > .001, 'that is the share among all cases')
     expect(abs(got - 16/114) < 1e-6, f'of 20 positives 16 are found, and 98 of 980 others alarm: 16/114, got {got:.3f}')
+    expect(abs(answer(200, .5, .9, .8) - 90/110) < 1e-6, 'with 100 of each, .9 and .8, it is 90/110')

@@ -54,10 +54,12 @@ def test_wheel(tmp_path):
            'work = mine.read_bytes()\nshipped = Path("cnnbook/notebooks/03_conv.ipynb")\n'
            'shipped.write_text(shipped.read_text().replace("# Convolution", "# Convolution, anew", 1))\n'
            'assert main(["lab", "my book", "--copy"]) == 0 and mine.read_bytes() == work\n'
-           'print(Path("my book/nbs/03_conv.new.ipynb").exists(), Path("my book/examples/mnist.json").exists())')
+           'there = ("nbs/03_conv.new.ipynb", "nbs/budget.json", "examples/mnist.json")\n'
+           'print(all((Path("my book")/n).exists() for n in there), sorted(p.name for p in Path("my book").iterdir()))')
     run = subprocess.run([sys.executable, '-c', lab], capture_output=True, text=True, cwd=tmp_path/'a path',
                          env=os.environ | {'PYTHONPATH': str(tmp_path/'a path')})
-    assert run.stdout.endswith('True True\n') and '1 beside an edited one: 03_conv.new.ipynb' in run.stderr, run.stderr
+    assert run.stdout.endswith("True ['examples', 'nbs']\n"), run.stderr
+    assert '1 beside an edited one: 03_conv.new.ipynb' in run.stderr
 
 
 def test_fault_64_no_compiler(tmp_path):

@@ -29,6 +29,10 @@ def test_start_gives_way_and_pause_is_heard():
         ground.start.value = True                      # what a click does
         while ground.play.epochs < 3: await asyncio.sleep(.01)
         assert ground.start.description == 'Pause'
+        task = ground.task
+        ground.start.value = False
+        ground.start.value = True                      # before the loop had its turn: still one loop
+        assert ground.task is task
         ground.start.value = False
         await ground.task
         epochs, picture = ground.play.epochs, ground.shown.value

@@ -83,6 +83,8 @@ def main(*names):
     chapters = sorted(NBS.glob('[0-9]*.ipynb')) + [NBS/'index.ipynb']            # index last: it shows the budget
     budget_path = NBS/'budget.json'
     measured = {}
+    for n in names:
+        if not any(p.name.startswith(n) for p in chapters): raise SystemExit(f'NAME: expected a chapter, got {n!r}')
     for path in (p for p in chapters if not names or any(p.name.startswith(n) for n in names)):
         seconds, peak = execute(path, store)
         if os.environ.get('CNNBOOK_FULL') != '1': measured[path.stem] = {'seconds': round(seconds, 1), 'peak_mb': peak}

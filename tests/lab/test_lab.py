@@ -75,18 +75,18 @@ def jupyterlab(folder, settings):
             except subprocess.TimeoutExpired: stop()
 
 
-def move_sliders(page):
+def move_sliders(page, back=False):
     "Move each slider two steps by keyboard; the numbers of those whose cell shows the same as before."
-    dead = []
+    dead, (ahead, other, end) = [], ('Left', 'Right', 'min') if back else ('Right', 'Left', 'max')
     handles = page.locator('.jp-OutputArea .noUi-handle')
     for k in range(handles.count()):
         handle = handles.nth(k)
         handle.scroll_into_view_if_needed()
         cell = handle.evaluate_handle("e => e.closest('.jp-Cell')").as_element()
         before = cell.evaluate(SHOWN)
-        at_end = handle.get_attribute('aria-valuenow') == handle.get_attribute('aria-valuemax')
+        at_end = handle.get_attribute('aria-valuenow') == handle.get_attribute(f'aria-value{end}')
         handle.focus()
-        for _ in range(2): page.keyboard.press('ArrowLeft' if at_end else 'ArrowRight')
+        for _ in range(2): page.keyboard.press(f'Arrow{other if at_end else ahead}')
         deadline, last, now = time.time() + 15, None, before
         while (now == before or now != last) and time.time() < deadline:      # until something else is there, at rest
             page.wait_for_timeout(400)
@@ -143,8 +143,8 @@ def run_all(page):
     assert not bad, bad
 
 
-def all_sliders_live(page, least):
-    count, dead = move_sliders(page)
+def all_sliders_live(page, least, back=False):
+    count, dead = move_sliders(page, back)
     assert not dead and count >= least, f'sliders {count}, of which change nothing: {dead}'
 
 
@@ -163,18 +163,19 @@ def test_a_chapter_followed_from_index_in_both_themes(name, tmp_path, pictures):
     with opened('index', {}, tmp_path) as page:
         assert 'cnnbook (venv)' in page.locator('.jp-Toolbar-kernelName').first.text_content()
         page.locator(f'.jp-RenderedMarkdown a[href*="{name}.ipynb"]').first.click()
-        page.wait_for_function("name => document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) h1') && "
-                               "document.title.includes(name)", arg=name, timeout=60_000)
+        page.wait_for_function("() => document.querySelectorAll('.jp-NotebookPanel').length === 2", timeout=60_000)
+        heading = page.locator('.jp-NotebookPanel:not(.lm-mod-hidden) h1').first.text_content(timeout=60_000)
+        assert 'cnnbook' not in heading, heading             # the chapter, no longer index
         ready(page)
         run_all(page)
         assert len(page.locator('.jp-RenderedImage img').all()) >= 3
         for theme in 'Light', 'Dark':
             if theme == 'Dark':
                 page.get_by_role('menuitem', name='Settings', exact=True).click()
-                page.get_by_role('menuitem', name='Theme', exact=True).hover()
-                page.get_by_role('menuitem', name='JupyterLab Dark', exact=True).click()
+                for label in 'Theme', 'JupyterLab Dark':
+                    page.locator('.lm-Menu-itemLabel').get_by_text(label, exact=True).click()
                 page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'", timeout=20_000)
-            all_sliders_live(page, 1)
+            all_sliders_live(page, 1, back=theme == 'Dark')
             page.screenshot(path=pictures/f'{name}-{theme.lower()}.png')
         if name == '31_playground': start_and_pause(page)
 
