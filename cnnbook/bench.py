@@ -172,7 +172,7 @@ def bench(
     start = defaults(device, report)
     size = start.batch_size if batch_size is None else batch_size
     with keep_rng(), torch.inference_mode(False), torch.enable_grad():
-        numbers = Precision(precision or start.precision.removesuffix('-true'), device, channels_last=True)
+        numbers = Precision(precision or start.precision, device, channels_last=True)
         if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
         net, train, infer = classic_steps(numbers, size)
         trained = rate(train, size, seconds, wait=_waiter(device))

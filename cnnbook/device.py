@@ -177,7 +177,7 @@ class Defaults:
     "Values to start with; measure before you believe them."
     batch_size: int
     num_workers: int     # processes of a DataLoader; 0: load in the training loop
-    precision: str       # 32-true, 16-mixed or bf16-mixed
+    precision: str       # 32, 16-mixed or bf16-mixed, as Trainer takes it
     pin_memory: bool
     channels_last: bool
 
@@ -189,9 +189,9 @@ def defaults(
     r = report or describe()
     gpu = torch.device(device or r.device).type == 'cuda'
     free, size = (r.gpu_free, 256) if gpu and not r.jetson else (r.ram_free, 64 if r.jetson else 128)
-    half = 'bf16-mixed' if r.gpu_bf16 else '16-mixed' if r.capability >= (7, 0) else '32-true'
+    half = 'bf16-mixed' if r.gpu_bf16 else '16-mixed' if r.capability >= (7, 0) else '32'
     workers = min(r.cores - 1, 2 if r.jetson else 4) * (torch.multiprocessing.get_all_start_methods()[0] == 'fork')
-    return Defaults(size // 4 if free is not None and free < 2 * _GIB else size, workers, half if gpu else '32-true',
+    return Defaults(size // 4 if free is not None and free < 2 * _GIB else size, workers, half if gpu else '32',
                     gpu and not r.jetson, gpu and r.capability >= (7, 0))
 
 def limit_memory(

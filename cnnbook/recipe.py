@@ -151,7 +151,7 @@ class Recipe:
     init: str = 'he'               # of ClassicNet; 'torch': the smaller weights that torch's layers begin with
     dropout: float = .1            # the rest of ClassicNet's settings; those below are FastNet's
     small: int = 24                # side of the crops in the early epochs, pixels
-    late: int = 2                  # epochs at full size, at the end
+    late: int | None = None        # epochs at full size, at the end; None: all
     widths: tuple[int, ...] = (32, 128, 128)
     momentum: float = .85          # of SGD
     norm_lr: float = 64.           # the norms' rate is so many times higher
@@ -170,14 +170,15 @@ class Recipe:
 
     def sides(self, full: int) -> list[int]:   # full: side of the images, pixels
         "Side of the crops in each epoch."
-        early = max(0, self.epochs - self.late) if self.net == 'fast' else 0
+        small = self.net == 'fast' and self.late is not None
+        early = max(0, self.epochs - self.late) if small else 0
         return [min(self.small, full)]*early + [full]*(self.epochs - early)
 
 
 CLASSIC = Recipe('classic', epochs=8, batch_size=128, lr=.1, filter_lr=.06, weight_decay=1e-3, shift=3,
                   flip='alternate', init='torch', dropout=0.)
-FAST = Recipe('fast', 'fast', epochs=5, batch_size=256, lr=9., filter_lr=.2, weight_decay=.0153, warmup=.2, late=2,
-              widths=(64, 256, 256), label_smoothing=.2, flip='alternate')
+FAST = Recipe('fast', 'fast', epochs=9, batch_size=256, lr=9., filter_lr=.06, weight_decay=.0153, warmup=.2,
+              label_smoothing=.2, flip='alternate', act='GELU')
 RECIPES = {r.name: r for r in (CLASSIC, FAST)}
 
 # %% ../nbs/12d_recipe.ipynb #check-crop-cost

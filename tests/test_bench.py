@@ -66,7 +66,7 @@ def test_none_means_the_defaults(monkeypatch):
     sizes = []
     monkeypatch.setattr(B, 'rate', lambda step, size, *_, **__: sizes.append(size) or B.Rounds((1., 2., 4.)))
     monkeypatch.setattr(B, 'describe', lambda: describe(arch='x86_64'))
-    monkeypatch.setattr(B, 'defaults', lambda *_: SimpleNamespace(batch_size=7, precision='32-true'))
+    monkeypatch.setattr(B, 'defaults', lambda *_: SimpleNamespace(batch_size=7, precision='32'))
     got = B.bench('cpu')
     assert (got.batch_size, sizes, got.precision, got.train, got.spread) == (7, [7, 7], '32', 2., 1.5)
 

@@ -177,4 +177,4 @@ def test_limit_memory_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize('methods', [['spawn'], ['forkserver', 'fork', 'spawn']])     # Windows; Linux, Python 3.14
 def test_defaults_where_workers_do_not_fork(methods, monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, 'get_all_start_methods', lambda: methods)
-    assert D.defaults(report=D.Report('arm64', cores=8, mps_error='')) == D.Defaults(128, 0, '32-true', False, False)
+    assert D.defaults(report=D.Report('arm64', cores=8, mps_error='')) == D.Defaults(128, 0, '32', False, False)
