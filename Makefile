@@ -11,7 +11,7 @@ QUIET_ENV := CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg
 TEST_ENV := $(ONE_THREAD) $(QUIET_ENV)
 LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book budget site slow student bench clean
+.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book budget order site slow student bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -101,6 +101,9 @@ book: setup  ## execute the chapters and store their outputs (NB= names some; CN
 
 budget: setup  ## measure each chapter's time and memory offline (nbs/budget.json); above 60 s or 2 GB it fails
 	$(ONE_THREAD) $(QUIET_ENV) $(BIN)/python tools/book.py --measure $(NB)
+
+order: setup  ## run each chapter after its own cells in a shuffled order: the numbers must stay (NB= names some)
+	$(ONE_THREAD) $(QUIET_ENV) $(BIN)/python tools/order.py $(NB)
 
 site: setup  ## the book as static pages in out/site (installs the site extra)
 	$(BIN)/python -m pip install -q -c $(OUT)/pins.txt -e '.[site]'

@@ -163,11 +163,15 @@ def book_copy(
     to.mkdir(parents=True, exist_ok=True)
     change = (lambda nb: nb) if solutions else without_solutions
     rows = [_place(to/p.name, change(read_notebook(p))) for p in paths]
-    for file in (*home.glob('budget.json'), *home.glob('*.png'), *(home.parent/'examples').glob('*.json')):
-        beside = (to if file.parent == home else Path(out)/'examples')/file.name
-        beside.parent.mkdir(exist_ok=True)
-        if not beside.exists():
-            with write_atomic(beside) as f: f.write(file.read_bytes())
+    for file in (*home.glob('budget.json'), *home.glob('*.png')):                  # the book's, so they are renewed
+        with write_atomic(to/file.name) as f: f.write(file.read_bytes())
+    for file in (home.parent/'examples').glob('*.json'):                           # made to be changed by the reader
+        at = Path(out)/'examples'/file.name
+        at.parent.mkdir(exist_ok=True)
+        if at.exists() and at.read_bytes() != file.read_bytes():
+            at = at.with_suffix('.new.json')
+            rows.append((at.name, 'beside another one'))
+        with write_atomic(at) as f: f.write(file.read_bytes())
     return Table(('file', 'done'), tuple(rows))
 
 

@@ -1,0 +1,79 @@
+"""Does a chapter give the same numbers whatever was run before?
+
+    python tools/order.py [NAME ...]             all chapters, or those whose file name begins with NAME
+
+In one kernel: the imports, then all other cells but those with widgets in a shuffled order, whatever they raise, and
+then the chapter from top to bottom. What it prints must be what is stored. Lines with times and speeds differ by
+nature; a line that differs in a plain run as well tells nothing and is left out. (A widget whose function raises makes
+nbclient wait for ever.)
+"""
+import multiprocessing
+import random
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import nbformat
+from book import NBS, runs_here
+from nb import code_cells
+from nbclient import NotebookClient
+
+WIDGET = re.compile(r'\b(interactive|interact|explorer|explore|Playground|display)\(')
+TIMED = re.compile(r'\d ?(s|ms|us|µs|ns|min|minutes|seconds|[KMG]i?B|images/s|images a second|times as fast)\b')
+
+
+def texts(cell):
+    "The lines that a cell printed or showed as text, without figures, widgets, bars and times."
+    shown = []
+    for o in cell['outputs']:
+        if {'application/vnd.jupyter.widget-view+json', 'image/png'} & set(o.get('data', ())): continue
+        if o.get('name') == 'stderr': continue
+        text = o['text'] if o['output_type'] == 'stream' else o.get('data', {}).get('text/plain', '')
+        if o['output_type'] == 'error': text = f"{o['ename']}: {o['evalue']}"
+        shown += [line for line in ''.join(text).splitlines() if not TIMED.search(line) and ' at 0x' not in line]
+    return shown
+
+
+def run(nb, path):
+    NotebookClient(nb, timeout=70, interrupt_on_timeout=True, kernel_name='python3', allow_errors=True,
+                   resources={'metadata': {'path': str(path.parent)}}).execute()
+    return {c['id']: texts(c) for c in code_cells(nb) if runs_here(c) and 'again' not in c['metadata']}
+
+
+def differences(path, seed=0):
+    "[(cell, line stored, line after cells in a shuffled order)]."
+    plain, nb = (nbformat.read(path, as_version=4) for _ in range(2))
+    stored = {c['id']: texts(c) for c in code_cells(plain) if runs_here(c)}
+    first, rest = [], []
+    for cell in code_cells(nb):
+        if not runs_here(cell) or WIDGET.search(cell['source']): continue
+        early = len(first) + len(rest) < 3 and re.search(r'^(from|import) ', cell['source'], re.M)
+        (first if early else rest).append(nbformat.v4.new_code_cell(cell['source'], metadata={'again': True}))
+    random.Random(seed).shuffle(rest)
+    nb.cells = first + rest + nb.cells
+    after = run(nb, path)
+    if after == stored: return []
+    noise = run(plain, path)
+    found = []
+    for id, lines in stored.items():
+        if len(noise[id]) == len(lines) != len(after[id]):
+            found.append((id, f'{len(lines)} lines', f'{len(after[id])} lines: {after[id][:3]}'))
+        found += [(id, a, b) for a, b, c in zip(lines, after[id], noise[id]) if a != b and a == c]
+    return found
+
+
+def main(*names):
+    bad, every = [], sorted(NBS.glob('[0-9]*.ipynb'))
+    chapters = [p for p in every if any(p.name.startswith(n) for n in names or [''])]
+    if not chapters: raise SystemExit(f"NAME: expected a chapter, got {', '.join(names)}")
+    for path in chapters:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as own:       # nbclient's loop serves one run
+            found = own.submit(differences, path).result()
+        print(f"{path.stem:16}{'as stored' if not found else f'{len(found)} lines differ'}", flush=True)
+        for id, a, b in found[:6]: print(f'    {id}: {a[:90]!r} became {b[:90]!r}', flush=True)
+        bad += [path.stem]*bool(found)
+    if bad: raise SystemExit(f'expected the same numbers after any order of cells, got others: {", ".join(bad)}')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])
