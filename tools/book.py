@@ -7,6 +7,7 @@ A chapter above 60 s or 2 GB ends it with exit code 1, after all are done.
 Cells flagged slow, cuda or network keep their stored outputs unless CNNBOOK_FULL=1 (slow) or the machine runs them.
 Widgets and progress bars are not stored; figures are stored with at most 256 colours, which keeps chapters small.
 """
+import asyncio
 import base64
 import io
 import json
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import zmq
 from nb import code_cells, digest, directives, read
 from nbclient import NotebookClient
 from PIL import Image
@@ -56,14 +58,28 @@ def runs_here(cell):
     return all(runs[f] for f in flags)
 
 
+def run(nb, folder, **options):
+    "Execute a notebook in a kernel of its own."
+    at, beside = {'metadata': {'path': str(folder)}}, []
+    client = NotebookClient(nb, timeout=1800, kernel_name='python3', resources=at, **options)
+
+    async def look():       # nbclient answers a widget past asyncio, which then may not notice that a reply has come
+        while True:
+            await asyncio.sleep(.5)
+            if client.kc is not None: client.kc.shell_channel.socket.get(zmq.EVENTS)
+
+    client.on_notebook_start = lambda notebook: beside.append(asyncio.ensure_future(look()))
+    client.on_notebook_complete = lambda notebook: beside.pop().cancel()
+    client.execute()
+
+
 def execute(path, store=True):
     "Run one chapter, store its outputs, return (seconds, peak memory of the process in MB)."
     stored = {c['id']: c.get('outputs', []) for c in code_cells(read(path))}
     nb = nbformat.read(path, as_version=4)
     nb.cells.append(nbformat.v4.new_code_cell(PEAK))
     start = time.perf_counter()
-    NotebookClient(nb, timeout=1800, kernel_name='python3',
-                   resources={'metadata': {'path': str(path.parent)}}).execute()
+    run(nb, path.parent)
     seconds, peak = time.perf_counter() - start, int(nb.cells.pop()['outputs'][0]['text'])
     if not store: return seconds, peak
     for cell in code_cells(nb):

@@ -2,23 +2,18 @@
 
     python tools/order.py [NAME ...]             all chapters, or those whose file name begins with NAME
 
-In one kernel: the imports, then all other cells but those with widgets in a shuffled order, whatever they raise, and
-then the chapter from top to bottom. What it prints must be what is stored. Lines with times and speeds differ by
-nature; a line that differs in a plain run as well tells nothing and is left out. (A widget whose function raises makes
-nbclient wait for ever.)
+In one kernel: the imports, then all other cells in a shuffled order, whatever they raise, and then the chapter from top
+to bottom. What it prints must be what is stored. Lines with times and speeds differ by nature; a line that differs in
+a plain run as well tells nothing and is left out.
 """
-import multiprocessing
 import random
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import nbformat
-from book import NBS, runs_here
+from book import NBS, run, runs_here
 from nb import code_cells
-from nbclient import NotebookClient
 
-WIDGET = re.compile(r'\b(interactive|interact|explorer|explore|Playground|display)\(')
 TIMED = re.compile(r'\d ?(s|ms|us|µs|ns|min|minutes|seconds|[KMG]i?B|images/s|images a second|times as fast)\b')
 
 
@@ -34,9 +29,8 @@ def texts(cell):
     return shown
 
 
-def run(nb, path):
-    NotebookClient(nb, timeout=70, interrupt_on_timeout=True, kernel_name='python3', allow_errors=True,
-                   resources={'metadata': {'path': str(path.parent)}}).execute()
+def texts_after(nb, path):
+    run(nb, path.parent, allow_errors=True)
     return {c['id']: texts(c) for c in code_cells(nb) if runs_here(c) and 'again' not in c['metadata']}
 
 
@@ -46,14 +40,14 @@ def differences(path, seed=0):
     stored = {c['id']: texts(c) for c in code_cells(plain) if runs_here(c)}
     first, rest = [], []
     for cell in code_cells(nb):
-        if not runs_here(cell) or WIDGET.search(cell['source']): continue
+        if not runs_here(cell): continue
         early = len(first) + len(rest) < 3 and re.search(r'^(from|import) ', cell['source'], re.M)
         (first if early else rest).append(nbformat.v4.new_code_cell(cell['source'], metadata={'again': True}))
     random.Random(seed).shuffle(rest)
     nb.cells = first + rest + nb.cells
-    after = run(nb, path)
+    after = texts_after(nb, path)
     if after == stored: return []
-    noise = run(plain, path)
+    noise = texts_after(plain, path)
     found = []
     for id, lines in stored.items():
         if len(noise[id]) == len(lines) != len(after[id]):
@@ -67,8 +61,7 @@ def main(*names):
     chapters = [p for p in every if any(p.name.startswith(n) for n in names or [''])]
     if not chapters: raise SystemExit(f"NAME: expected a chapter, got {', '.join(names)}")
     for path in chapters:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as own:       # nbclient's loop serves one run
-            found = own.submit(differences, path).result()
+        found = differences(path)
         print(f"{path.stem:16}{'as stored' if not found else f'{len(found)} lines differ'}", flush=True)
         for id, a, b in found[:6]: print(f'    {id}: {a[:90]!r} became {b[:90]!r}', flush=True)
         bad += [path.stem]*bool(found)
