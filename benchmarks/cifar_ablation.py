@@ -2,11 +2,10 @@
 
 A much smaller budget than the recipe's own (so many images and epochs as the figures say), in smaller batches, and
 still fewer steps, which want to be longer (filter_lr); three seeds each; the test set is not touched. A row gives the
-mean accuracy, the spread of the seeds, and the time as a share of the whole recipe's.
+mean accuracy and the spread of the seeds.
 """
 import statistics
 import sys
-import time
 from dataclasses import replace
 
 import torch
@@ -26,32 +25,28 @@ WITHOUT = {'nothing': {}, 'Muon for the filters': {'filter_lr': 0.}, 'whitening'
 
 
 def run(recipe, train, valid, seed):
-    "(accuracy, the trained network, its validation images, seconds)."
-    start = time.perf_counter()
+    "(accuracy, the trained network, its validation images)."
     try: model, trainer, scale = train_cifar(recipe, train, seed=seed)
     except ValueError as e:                                     # a run that diverges is a result too
         if 'expected a finite number' not in str(e): raise
-        return .1, None, None, time.perf_counter() - start
-    seconds, check = time.perf_counter() - start, Loader(valid, 500, transform=scale)
-    return trainer.validate(model, check, nn.CrossEntropyLoss())['valid_acc'], model.eval(), check, seconds
+        return .1, None, None
+    check = Loader(valid, 500, transform=scale)
+    return trainer.validate(model, check, nn.CrossEntropyLoss())['valid_acc'], model.eval(), check
 
 
 def main(seeds=(0, 1, 2), images=5_000, epochs=4, names=tuple(WITHOUT)):
     train, valid, _ = parts()
     train = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:images])
     base = replace(RECIPES['fast'], epochs=epochs, batch_size=128, filter_lr=.2)
-    figures, whole = {'images': len(train), 'epochs': epochs, 'seeds': len(seeds),
-                      'batch size': base.batch_size, 'filter_lr': base.filter_lr,
-                      'threads': torch.get_num_threads()}, None
+    figures = {'images': len(train), 'epochs': epochs, 'seeds': len(seeds), 'batch size': base.batch_size,
+               'filter_lr': base.filter_lr, 'threads': torch.get_num_threads()}
     for name in names:
-        accuracy, models, checks, seconds = zip(*(run(replace(base, **WITHOUT[name]), train, valid, s) for s in seeds))
+        accuracy, models, checks = zip(*(run(replace(base, **WITHOUT[name]), train, valid, s) for s in seeds))
         if name == 'nothing':
-            whole = statistics.median(seconds)
             views = [judged(*one)[1] for one in zip(models, checks)]
             figures['nothing left out, with flips and shifts at test time, %'] = f'{100*statistics.mean(views):.2f}'
-        share = f', {statistics.median(seconds)/whole:.0%} of the time' if whole else ''
         figures[f'without {name}, %'] = (f'{100*statistics.mean(accuracy):.2f} '
-                                         f'({100*min(accuracy):.2f} to {100*max(accuracy):.2f}){share}')
+                                         f'({100*min(accuracy):.2f} to {100*max(accuracy):.2f})')
         print(name, figures[f'without {name}, %'], flush=True)
     return figures
 
