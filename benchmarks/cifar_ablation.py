@@ -2,7 +2,7 @@
 
 A much smaller budget than the recipe's own (so many images and epochs as the figures say), in smaller batches, and
 still fewer steps, which want to be longer (filter_lr); three seeds each; the test set is not touched. A row gives the
-mean accuracy and the spread of the seeds.
+mean accuracy and the spread of the seeds; nothing else is searched again for it.
 """
 import statistics
 import sys
