@@ -19,14 +19,14 @@ TIMED = re.compile(r'\d ?(s|ms|us|µs|ns|min|minutes|seconds|[KMG]i?B|images/s|i
 
 def texts(cell):
     "The lines that a cell printed or showed as text, without figures, widgets, bars and times."
-    shown = []
+    shown = ''
     for o in cell['outputs']:
         if {'application/vnd.jupyter.widget-view+json', 'image/png'} & set(o.get('data', ())): continue
         if o.get('name') == 'stderr': continue
-        text = o['text'] if o['output_type'] == 'stream' else o.get('data', {}).get('text/plain', '')
-        if o['output_type'] == 'error': text = f"{o['ename']}: {o['evalue']}"
-        shown += [line for line in ''.join(text).splitlines() if not TIMED.search(line) and ' at 0x' not in line]
-    return shown
+        if o['output_type'] == 'stream': shown += o['text']                # may come in pieces, cut anywhere
+        elif o['output_type'] == 'error': shown += f"\n{o['ename']}: {o['evalue']}\n"
+        else: shown += '\n' + o.get('data', {}).get('text/plain', '') + '\n'
+    return [line for line in shown.splitlines() if line and not TIMED.search(line) and ' at 0x' not in line]
 
 
 def texts_after(nb, path):
