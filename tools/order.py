@@ -62,7 +62,7 @@ def main(*names):
     if not chapters: raise SystemExit(f"NAME: expected a chapter, got {', '.join(names)}")
     for path in chapters:
         found = differences(path)
-        print(f"{path.stem:16}{'as stored' if not found else f'{len(found)} lines differ'}", flush=True)
+        print(f"{path.stem:22}{'as stored' if not found else f'{len(found)} lines differ'}", flush=True)
         for id, a, b in found[:6]: print(f'    {id}: {a[:90]!r} became {b[:90]!r}', flush=True)
         bad += [path.stem]*bool(found)
     if bad: raise SystemExit(f'expected the same numbers after any order of cells, got others: {", ".join(bad)}')
