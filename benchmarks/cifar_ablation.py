@@ -18,7 +18,7 @@ from cnnbook.data import Loader
 WITHOUT = {'nothing': {}, 'Muon for the filters': {'filter_lr': 0.}, 'whitening': {'whiten': False},
            'wires at the start': {'identity': False},
            'label smoothing': {'label_smoothing': 0.}, 'GELU (ReLU)': {'act': 'ReLU'},
-           'full size in half of the epochs (crops of 24 pixels)': {'late': 2},
+           'full size in half of the epochs (crops of 24 pixels)': {'late': .5},              # of the epochs
            'alternating flips (random ones)': {'flip': 'random'}, 'flips': {'flip': 'none'}, 'shifts': {'shift': 0},
            'the high rate of the norms': {'norm_lr': 1.}, 'weight decay': {'weight_decay': 0.},
            'the factor of the logits': {'factor': 1.}, 'warm-up': {'warmup': 0.}}
@@ -41,7 +41,8 @@ def main(seeds=(0, 1, 2), images=5_000, epochs=4, names=tuple(WITHOUT)):
     figures = {'images': len(train), 'epochs': epochs, 'seeds': len(seeds), 'batch size': base.batch_size,
                'filter_lr': base.filter_lr, 'threads': torch.get_num_threads()}
     for name in names:
-        accuracy, models, checks = zip(*(run(replace(base, **WITHOUT[name]), train, valid, s) for s in seeds))
+        less = {k: int(v*epochs) if k == 'late' else v for k, v in WITHOUT[name].items()}
+        accuracy, models, checks = zip(*(run(replace(base, **less), train, valid, s) for s in seeds))
         if name == 'nothing':
             views = [judged(*one)[1] for one in zip(models, checks)]
             figures['nothing left out, with flips and shifts at test time, %'] = f'{100*statistics.mean(views):.2f}'

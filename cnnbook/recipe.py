@@ -170,8 +170,8 @@ class Recipe:
 
     def sides(self, full: int) -> list[int]:   # full: side of the images, pixels
         "Side of the crops in each epoch."
-        small = self.net == 'fast' and self.late is not None
-        early = max(0, self.epochs - self.late) if small else 0
+        late = self.late if self.net == 'fast' and self.late is not None else self.epochs
+        early = max(0, self.epochs - late)
         return [min(self.small, full)]*early + [full]*(self.epochs - early)
 
 

@@ -34,5 +34,5 @@ def test_what_depends_on_the_order_is_found(tmp_path):
 
 
 def test_a_chapter_that_is_not_there():
-    done = order('99')
-    assert done.returncode == 1 and done.stderr.strip() == 'NAME: expected a chapter, got 99'
+    done = order('05c', '99')
+    assert done.returncode == 1 and done.stderr.strip() == "NAME: expected a chapter, got '99'" and not done.stdout

@@ -93,15 +93,20 @@ def execute(path, store=True):
     return seconds, peak
 
 
+def chapters(names):
+    "Paths of the chapters that are meant, all without names; index last, since it shows the budget."
+    every = [*sorted(NBS.glob('[0-9]*.ipynb')), NBS/'index.ipynb']
+    for n in names:
+        if not any(p.name.startswith(n) for p in every): raise SystemExit(f'NAME: expected a chapter, got {n!r}')
+    return [p for p in every if not names or p.name.startswith(tuple(names))]
+
+
 def main(*names):
     store, names = '--measure' not in names, [n for n in names if n != '--measure']
     os.environ.pop('MPLBACKEND', None)                      # the kernel shows figures by its own
-    chapters = sorted(NBS.glob('[0-9]*.ipynb')) + [NBS/'index.ipynb']            # index last: it shows the budget
     budget_path = NBS/'budget.json'
     measured = {}
-    for n in names:
-        if not any(p.name.startswith(n) for p in chapters): raise SystemExit(f'NAME: expected a chapter, got {n!r}')
-    for path in (p for p in chapters if not names or any(p.name.startswith(n) for n in names)):
+    for path in chapters(names):
         seconds, peak = execute(path, store)
         if os.environ.get('CNNBOOK_FULL') != '1': measured[path.stem] = {'seconds': round(seconds, 1), 'peak_mb': peak}
         print(f'{path.stem:16}{seconds:6.1f} s{peak:8} MB{path.stat().st_size//1024:6} KB', flush=True)

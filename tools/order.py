@@ -11,7 +11,7 @@ import re
 import sys
 
 import nbformat
-from book import NBS, run, runs_here
+from book import chapters, run, runs_here
 from nb import code_cells
 
 TIMED = re.compile(r'\d ?(s|ms|us|µs|ns|min|minutes|seconds|[KMG]i?B|images/s|images a second|times as fast)\b')
@@ -57,10 +57,8 @@ def differences(path, seed=0):
 
 
 def main(*names):
-    bad, every = [], sorted(NBS.glob('[0-9]*.ipynb'))
-    chapters = [p for p in every if any(p.name.startswith(n) for n in names or [''])]
-    if not chapters: raise SystemExit(f"NAME: expected a chapter, got {', '.join(names)}")
-    for path in chapters:
+    bad = []
+    for path in chapters(names):
         found = differences(path)
         print(f"{path.stem:22}{'as stored' if not found else f'{len(found)} lines differ'}", flush=True)
         for id, a, b in found[:6]: print(f'    {id}: {a[:90]!r} became {b[:90]!r}', flush=True)
