@@ -22,7 +22,7 @@ def orthogonalize(
     "Directions of g with about equal lengths, by Newton-Schulz steps with Jordan's coefficients."
     if g.ndim < 2: raise ValueError(f'g: expected a matrix or filters, got shape {tuple(g.shape)}')
     if not g.is_floating_point(): raise TypeError(f'g: expected floats, got {g.dtype}')
-    x = g.flatten(1).float()
+    x = g.flatten(1).to(torch.promote_types(g.dtype, torch.float32))   # halves would lose too much
     tall = len(x) > x.shape[1]
     if tall: x = x.T                                  # the product below is then the smaller one
     x = x/x.norm().clamp(min=1e-30)

@@ -41,6 +41,19 @@ def short(monkeypatch):
     monkeypatch.setattr(cifar, 'shapes', lambda n, seed=0: draw(128, seed=seed))
 
 
+BITS = '''
+import hashlib, torch
+from dataclasses import replace
+from cnnbook.cifar import DRAWN, train_cifar
+from cnnbook.world import shapes
+net = train_cifar(DRAWN, shapes(640, seed=0), epochs=1)[0].float()
+print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest())
+'''
+PROCESSORS = [{}, {'OMP_NUM_THREADS': '2', 'MKL_NUM_THREADS': '2'},
+              {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_ENABLE_INSTRUCTIONS': 'AVX2'},
+              {'ATEN_CPU_CAPABILITY': 'default', 'ONEDNN_MAX_CPU_ISA': 'SSE41', 'MKL_ENABLE_INSTRUCTIONS': 'SSE4_2'}]
+
+
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
 
 
@@ -62,6 +75,14 @@ def test_kept_and_deterministic(short):
     path.unlink()
     assert same(first, cifar.pretrained(3))                                    # trained again: the same bits
     assert not same(first, cifar.pretrained(4)) and torch.equal(state, torch.get_rng_state())
+
+
+def test_the_same_bits_on_every_processor():
+    "DRAWN's numbers and first weights are float64: other vector units and threads end at the same float32 weights."
+    run = lambda env: subprocess.run([sys.executable, '-c', BITS], env={**os.environ, **env}, capture_output=True,
+                                     text=True, timeout=120, check=True).stdout
+    outs = [run(env) for env in PROCESSORS]
+    assert len(outs[0]) == 65 and set(outs) == {outs[0]}
 
 
 @pytest.mark.parametrize('how', ['flip', 'cut', 'empty', 'foreign'])
@@ -190,7 +211,7 @@ def test_failing_image_fails_for_all_seeds_and_threads():
         for seed, n in ((0, 1), (0, 2), (1, 1), (2, 1), (3, 1), (4, 1)):
             torch.set_num_threads(n)
             model, _, scale = cifar.train_cifar(cifar.DRAWN, shapes(8000, seed=0), seed=seed)
-            with torch.inference_mode(): p = model.eval()(scale(f.image[None])).softmax(1)[0]
+            with torch.inference_mode(): p = model.float().eval()(scale(f.image[None])).softmax(1)[0]
             wrong.append((int(p.argmax()) == f.pred_label, p[f.label].item()))
     finally: torch.set_num_threads(threads)
     assert all(w for w, _ in wrong), wrong
