@@ -164,7 +164,7 @@ def _kept(path, seed):
 def pretrained(
     seed: int = 0,   # of the training; another seed, another network
 ) -> Pretrained:
-    "ClassicNet as trained on the drawn world: trained offline the first time, then read from a cache."
+    "ClassicNet as trained on the drawn world: offline the first time, then read from a cache. On all CPUs the same."
     path, state = _file(seed), None
     while state is None:
         try:

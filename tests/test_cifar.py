@@ -43,7 +43,6 @@ def short(monkeypatch):
 
 BITS = '''
 import hashlib, torch
-from dataclasses import replace
 from cnnbook.cifar import DRAWN, train_cifar
 from cnnbook.world import shapes
 net = train_cifar(DRAWN, shapes(640, seed=0), epochs=1)[0].float()
