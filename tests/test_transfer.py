@@ -128,7 +128,7 @@ def test_untidy_photographs_train_without_surprise(photos, borrowed):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         train_on(model, train, norm, 100, .01)
-    assert share_right(model, test, norm) > .5                                   # a third by chance; .6 on most processors
+    assert share_right(model, test, norm) > .5   # a third by chance; about .6, by processor
 
 
 @pytest.mark.parametrize('decay', [0., .01])
